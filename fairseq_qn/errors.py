@@ -37,3 +37,7 @@ class MismatchError(QNError):
 
 class UnsupportedError(QNError):
     """A combination that fairseq_qn refuses, with the reason."""
+
+
+class EncodeError(QNError, ValueError):
+    """Data that the small file cannot hold: a code too wide for its bits, a tensor or manifest that is not plain data."""

@@ -1,0 +1,144 @@
+"""One safetensors file: written atomically, the same bytes for the same input, and read strictly.
+
+The file is a header (see `header`) and the bytes of the tensors, the widest dtype first and then by name, with no gaps.
+Nothing in it is executed, and no tensor is handed out before its digest has been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fairseq_qn.artifact import header
+from fairseq_qn.artifact.header import PathLike, Spec, bad, short
+from fairseq_qn.errors import EncodeError
+
+_READ_CHUNK = 1 << 20  # bytes; hashed while they are still in the cache
+
+
+def predict_bytes(shapes: Mapping[str, Spec], manifest: Mapping[str, Any]) -> int:
+    """Exact size in bytes of the file that `write` would make of tensors with these (dtype, shape).
+
+    Raises: EncodeError as `write` does.
+    """
+    specs = header.ordered(shapes)
+    return len(header.encode(specs, manifest, {})) + sum(map(header.nbytes, specs.values()))
+
+
+def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> int:
+    """Write one file, replacing what is at `path` in one step, and return its size on disk in bytes.
+
+    `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors may be on any
+    device, strided in any way, and may share storage; each is written in full.
+
+    Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails, with nothing left.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise EncodeError(
+                f"tensor {name!r}: expected a dense tensor with data, found {short(tensor)}; convert it first"
+            )
+    specs = header.ordered({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    blank = header.encode(specs, manifest, {})
+    target = Path(os.path.realpath(path))  # a link stays a link, to the new file
+    digests = {}
+    with _replacing(target) as file:
+        file.write(blank)
+        for name in specs:
+            raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[name] = hashlib.sha256(raw).hexdigest()
+            file.write(raw)
+        file.seek(0)
+        file.write(header.encode(specs, manifest, digests))  # as long as `blank`
+    return os.path.getsize(target)
+
+
+def read_manifest(path: PathLike) -> dict[str, Any]:
+    """The manifest, with its table of tensors. The header is verified; the tensors' bytes are neither read nor checked.
+
+    Raises: FormatError for anything but a whole, undamaged header; OSError if there is no such file.
+    """
+    with _opened(path) as file:
+        return header.decode(file, path)[0]
+
+
+def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, each in memory of its own, and the manifest. Takes about as much memory as the file is large.
+
+    Raises: FormatError for a file that is not whole, undamaged and of this format; OSError if there is no such file.
+    """
+    with _opened(path) as file:
+        manifest, specs = header.decode(file, path)
+        table = manifest["tensors"]
+        tensors = {name: _read_tensor(file, path, name, spec, table[name]["sha256"]) for name, spec in specs.items()}
+    return tensors, manifest
+
+
+def _read_tensor(file: BinaryIO, path: PathLike, name: str, spec: Spec, sha256: Any) -> Tensor:
+    """The next tensor of the file, read once into its own memory and checked against its digest."""
+    dtype, shape = spec
+    raw = torch.empty(header.nbytes(spec), dtype=torch.uint8)
+    view, digest = memoryview(raw.numpy()), hashlib.sha256()
+    for start in range(0, len(view), _READ_CHUNK):
+        chunk = view[start : start + _READ_CHUNK]
+        if file.readinto(chunk) != len(chunk):
+            raise bad(path, f"tensor {short(name)}", f"{len(view)} bytes", "the end of the file")
+        digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise bad(path, f"tensor {short(name)}", f"sha256 {short(sha256)}", digest.hexdigest())
+    if dtype == torch.bool and raw.numel() and raw.max() > 1:  # torch leaves undefined what such a bool means
+        raise bad(path, f"tensor {short(name)}", "bytes 0 and 1 for BOOL", str(raw.max().item()))
+    return raw.view(dtype).reshape(shape)
+
+
+def _opened(path: PathLike) -> BinaryIO:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise bad(path, "kind", "a file", "a directory or device", "give the path of the file itself")
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, moved over it when the block ends well and removed when it does not."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"cannot write {path}: it is a directory or device; choose the path of a file")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.qn-tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # before the move: the name must never stand for bytes that a crash can still lose
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            todo = "choose a directory that exists, has room, and that you may write to"
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; {todo}") from error
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the move last through a crash, on file systems that can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # a directory that may be written but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,244 @@
+"""The header of the small file, as bytes: what `container` writes before the tensors, and checks before it reads them.
+
+    bytes 0 .. 8        N, the length of the rest, as a little-endian uint64
+    bytes 8 .. 8 + N    canonical JSON, filled up with spaces to a multiple of 8
+                        {"__metadata__": {"format": "fairseq_qn", "header_sha256": "...", "manifest": "{...}"},
+                         "name": {"data_offsets": [begin, end], "dtype": "F16", "shape": [...]}, ...}
+
+`header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. The manifest, JSON text, carries
+the sha256 of each tensor. So each byte of the file is under one digest. Digests show damage, not malice: each claim of a
+header is also checked against the size of the file, so that no claim alone can make a reader take memory.
+
+The header is laid out here, and not by the safetensors library, because the library (0.8.0) writes metadata in random
+order and cannot say beforehand how large a file will be. The library reads these files, and a test compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+
+from fairseq_qn.errors import EncodeError, FormatError
+
+FORMAT = "fairseq_qn"
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_RANK = 64  # numpy's limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+PathLike = str | os.PathLike[str]
+
+_BLANK = "0" * 64
+# Inside a JSON string these quotes would be escaped, so the key itself is all that can match.
+_DIGEST = re.compile(rb'(?<="header_sha256":")[0-9a-f]{64}(?=")')
+
+
+def nbytes(spec: Spec) -> int:
+    """Bytes that a tensor of this dtype and shape takes."""
+    dtype, shape = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The specs in file order: by falling item size, so that each tensor is aligned to its items, then by name.
+
+    Raises: EncodeError for a name, dtype or shape that the file cannot hold.
+    """
+    for name, (dtype, shape) in specs.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise EncodeError(f"tensor {name!r}: expected a name other than '__metadata__'; rename it")
+        if dtype not in _NAMES:
+            raise EncodeError(f"tensor {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}; convert it first")
+        if not _is_shape(list(shape)):
+            raise EncodeError(
+                f"tensor {name!r}: expected up to {MAX_RANK} sizes >= 0, found {short(shape)}; reshape it"
+            )
+    in_order = sorted(specs.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    return {name: (dtype, tuple(shape)) for name, (dtype, shape) in in_order}
+
+
+def encode(specs: Mapping[str, Spec], manifest: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    """Bytes 0 .. 8 + N for tensors that follow in the order of `specs`.
+
+    `digests` are the sha256 of the tensors by name; an absent one is written as zeros, so they never change the length.
+
+    Raises: EncodeError for a manifest that is not plain JSON data, or is too large.
+    """
+    entries, table, begin = {}, {}, 0
+    for name, spec in specs.items():
+        record = _record(spec)
+        entries[name] = {**record, "data_offsets": [begin, begin := begin + nbytes(spec)]}
+        table[name] = {**record, "sha256": digests.get(name, _BLANK)}
+    text = _json({**_plain(manifest), "tensors": table})
+    meta = {"format": FORMAT, "header_sha256": _BLANK, "manifest": text}
+    try:
+        body = _json({"__metadata__": meta, **entries}).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        found = repr(error.object[error.start])
+        raise EncodeError(
+            f"manifest: expected text and names that UTF-8 can write, found {found}; replace it"
+        ) from None
+    body += b" " * (-len(body) % 8)
+    if len(body) > MAX_HEADER_BYTES:
+        raise EncodeError(
+            f"manifest: expected at most {MAX_HEADER_BYTES} bytes, found {len(body)}; store large data as tensors"
+        )
+    raw = len(body).to_bytes(8, "little") + body
+    return _DIGEST.sub(hashlib.sha256(raw).hexdigest().encode(), raw)
+
+
+def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """Manifest and specs in file order, checked against one another and the file's size; leaves `file` at the data.
+
+    Raises: FormatError.
+    """
+    raw = _verified_bytes(file, path)
+    try:
+        header = _strict_json(raw[8:].decode())
+        meta = header.pop("__metadata__")
+        if meta.keys() != {"format", "header_sha256", "manifest"} or meta["format"] != FORMAT:
+            raise ValueError(f"metadata {short(sorted(meta))} of format {short(meta.get('format'))}")
+        manifest = _strict_json(meta["manifest"])
+        table = dict(manifest["tensors"].items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        found = short(f"{type(error).__name__}: {error}")
+        raise bad(path, "header", "the metadata and manifest of a fairseq_qn file", found) from None
+    specs = _check_entries(header, path, os.fstat(file.fileno()).st_size - len(raw))
+    _check_table(table, specs, path)
+    return manifest, specs
+
+
+def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") -> FormatError:
+    """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file again."""
+    todo = todo or "the file is damaged or not of fairseq_qn: copy or save it again"
+    return FormatError(" ".join(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}".split()))
+
+
+def short(value: Any) -> str:
+    """The repr, on one line, cut at 100 characters: a damaged file may hold anything."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:
+    """Bytes 0 .. 8 + N, whose digest is right."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length, limit = int.from_bytes(prefix, "little"), min(MAX_HEADER_BYTES, size - 8)
+    if len(prefix) < 8 or length > limit:
+        pickled = prefix.startswith((b"PK\x03\x04", b"\x80"))
+        found = "a pickle or zip, as torch.save writes" if pickled else f"{length} in a file of {size} bytes"
+        raise bad(path, "header length", f"at most {max(limit, 0)} bytes", found)
+    raw = prefix + file.read(length)
+    digests = _DIGEST.findall(raw)
+    if len(raw) < 8 + length or len(digests) != 1:
+        raise bad(path, "header", "one header_sha256", str(len(digests)))
+    actual = hashlib.sha256(_DIGEST.sub(_BLANK.encode(), raw)).hexdigest()
+    if actual != digests[0].decode():
+        raise bad(path, "header", f"sha256 {digests[0].decode()}", actual)
+    return raw
+
+
+def _check_entries(header: dict[str, Any], path: PathLike, data_bytes: int) -> dict[str, Spec]:
+    """Specs in file order, from entries that cover the `data_bytes` after the header with no gap or overlap."""
+    spans = []
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise bad(path, f"tensor {short(name)}", "a known dtype, a shape and two offsets", short(entry))
+        spans.append((entry["data_offsets"], name, (DTYPES[entry["dtype"]], tuple(entry["shape"]))))
+    end, specs = 0, {}
+    for offsets, name, spec in sorted(spans, key=lambda span: span[:2]):
+        expected = [end, end := end + nbytes(spec)]
+        if offsets != expected:
+            raise bad(path, f"tensor {short(name)}", f"bytes {expected} for {short(_record(spec))}", short(offsets))
+        specs[name] = spec
+    if end != data_bytes:
+        raise bad(path, "tensor data", f"{end} bytes", f"{data_bytes}: the file is cut short or has a tail")
+    return specs
+
+
+def _check_table(table: dict[str, Any], specs: Mapping[str, Spec], path: PathLike) -> None:
+    """The manifest's table and the tensors that are there say the same."""
+    if missing := sorted(table.keys() - specs.keys()):
+        raise bad(
+            path, "tensors", f"the {len(table)} of the manifest", f"{len(missing)} missing, first {short(missing[0])}"
+        )
+    if extra := sorted(specs.keys() - table.keys()):
+        raise bad(path, "tensors", f"the {len(table)} of the manifest", f"{len(extra)} extra, first {short(extra[0])}")
+    for name, spec in specs.items():
+        record = table[name]
+        if not isinstance(record, dict) or record != {**_record(spec), "sha256": record.get("sha256")}:
+            raise bad(path, f"tensor {short(name)}", f"the manifest's {short(record)}", short(_record(spec)))
+
+
+def _record(spec: Spec) -> dict[str, Any]:
+    dtype, shape = spec
+    return {"dtype": _NAMES[dtype], "shape": list(shape)}
+
+
+def _is_entry(entry: Any) -> bool:
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return False
+    dtype, offsets = entry["dtype"], entry["data_offsets"]
+    known = type(dtype) is str and dtype in DTYPES
+    return known and _is_shape(entry["shape"]) and _are_sizes(offsets) and len(offsets) == 2
+
+
+def _is_shape(shape: Any) -> bool:
+    """Sizes whose product, without the zeros, torch can count in bytes with int64."""
+    return _are_sizes(shape) and len(shape) <= MAX_RANK and math.prod(size for size in shape if size) < 1 << 60
+
+
+def _are_sizes(sizes: Any) -> bool:
+    return type(sizes) is list and all(type(size) is int and size >= 0 for size in sizes)
+
+
+def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the manifest by way of JSON; what reading would not give back equal is refused."""
+    try:
+        copy = json.loads(_json(manifest))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EncodeError(f"manifest: expected plain JSON data, without NaN or infinity; {error}") from None
+    if type(copy) is not dict or "tensors" in copy:
+        raise EncodeError("manifest: expected a dict that has no key 'tensors', which this format adds; rename the key")
+    if copy != manifest:
+        raise EncodeError("manifest: expected text as keys and lists, not tuples; convert them first")
+    return copy
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _strict_json(text: str) -> Any:
+    """JSON without what Python adds to it (NaN, Infinity) and without keys that occur twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) != len(pairs):
+            raise ValueError("a key that occurs twice")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant}, which is not JSON")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)

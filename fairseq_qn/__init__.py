@@ -1,0 +1,15 @@
+"""fairseq_qn: train with quantisation noise, quantise in stages, ship one small file.
+
+Importing the package registers its models, tasks and criterion with fairseq where fairseq is installed; the verbs work on
+any `nn.Module` without it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from fairseq_qn.api import apply, freeze, refresh, set_update
+from fairseq_qn.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "apply", "freeze", "refresh", "set_update"]

@@ -1,0 +1,117 @@
+"""Learn codes for views: to freeze a stage, or to refresh the codebooks of exact noise.
+
+With several processes each layer is learned by one of them and broadcast, so that all hold the same codes and the time
+is shared out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fairseq_qn.errors import NonFiniteWeight
+from fairseq_qn.modules.view import CODED, FLOAT, FROZEN, WeightView
+from fairseq_qn.quant import product
+from fairseq_qn.quant.noise import seed_of
+
+Progress = Callable[[Sequence[WeightView]], Iterable[WeightView]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantising one layer cost: `error` is ||W - W'||^2 / ||W||^2, `seconds` the time here (0 if another rank's)."""
+
+    name: str
+    stage: str
+    scheme: str
+    n_weights: int
+    error: float
+    seconds: float
+
+
+def freeze_views(views: Sequence[WeightView], *, iterations: int = 20, progress: Progress | None = None) -> list[LayerReport]:
+    """Quantise these views and leave them FROZEN; views that are frozen already are passed over.
+
+    Every weight is looked at before any view changes, so that NonFiniteWeight leaves the model as it was.
+    """
+    views = [view for view in views if view.phase != FROZEN]
+    for view in views:
+        _check_finite(view)
+    reports = _learn_all(views, iterations, progress)
+    for view in views:
+        view.phase = FROZEN
+    return reports
+
+
+def refresh_views(views: Sequence[WeightView], *, iterations: int = 5, progress: Progress | None = None) -> list[LayerReport]:
+    """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means starts."""
+    views = [view for view in views if view.needs_codes and view.phase != FROZEN]
+    for view in views:
+        _check_finite(view)
+    reports = _learn_all(views, iterations, progress)
+    for view in views:
+        view.phase = CODED
+    return reports
+
+
+def distortion(view: WeightView) -> float:
+    """||W - W'||^2 / ||W||^2 of a view under its present codes or integers."""
+    weight = view.weight.detach()
+    norm = weight.double().pow(2).sum()
+    error = (weight.double() - view.quantized(weight).double()).pow(2).sum()
+    return float(error / norm) if norm > 0 else 0.0
+
+
+def _check_finite(view: WeightView) -> None:
+    weight = view.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing was frozen")
+
+
+@torch.no_grad()
+def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress | None) -> list[LayerReport]:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    rank = torch.distributed.get_rank() if distributed else 0
+    seconds: dict[str, float] = {}
+    owner = _share_out(views, world)
+    for view in progress(views) if progress else views:
+        if owner[view.name] == rank:
+            began = time.perf_counter()
+            _learn(view, iterations)
+            seconds[view.name] = time.perf_counter() - began
+    if distributed:
+        for view in views:
+            if view.rule.scheme == "product":
+                torch.distributed.broadcast(view.codes, owner[view.name])
+                view.codes.add_(0)  # a broadcast does not count as a write: tell caches that the codes changed
+    return [
+        LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), distortion(v), seconds.get(v.name, 0.0))
+        for v in views
+    ]  # fmt: skip
+
+
+def _share_out(views: Sequence[WeightView], world: int) -> dict[str, int]:
+    """The rank that learns each view: largest first, each to the rank with the least to do."""
+    load, owner = [0] * world, {}
+    for view in sorted(views, key=lambda v: (-v.weight.numel(), v.name)):
+        rank = load.index(min(load))
+        load[rank] += view.weight.numel()
+        owner[view.name] = rank
+    return owner
+
+
+def _learn(view: WeightView, iterations: int) -> None:
+    if view.rule.scheme != "product":
+        return
+    weight, rule = view.weight.detach(), view.rule
+    start = None if view.phase == FLOAT else product.codebook_of(weight, view.groups, rule.block_size).float()
+    codes, _ = product.learn(
+        weight, rule.block_size, view.n_centroids, padding_idx=view.padding_idx, iterations=iterations,
+        seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
+    )  # fmt: skip
+    view.codes.copy_(codes)

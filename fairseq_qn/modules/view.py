@@ -1,0 +1,215 @@
+"""The weight view: what a network reads as `layer.weight` is a function of the dense Parameter stored under that name.
+
+    phase   reading .weight gives                                                      used for
+    FLOAT   W, or in training W + m * (phi(W) - W) with a straight-through gradient    plain training, Quant-Noise
+    CODED   the same; `codes` hold the assignment for exact noise                      exact phi_PQ
+    FROZEN  product: each block's cluster mean; integer: the de-quantised integers     iPQ fine-tuning, evaluation, export
+
+The view is installed by swapping the class of the module *instance* for a subclass with a `weight` property, so that code
+which reads `.weight` without calling the module (attention, tied heads) is reached. The Parameter never changes identity,
+shape, name or number, and no forward writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_qn.errors import UnsupportedError, ViewError
+from fairseq_qn.modules.clock import Clock
+from fairseq_qn.quant import integer, noise, product
+from fairseq_qn.quant.blocks import check_block_size, codes_shape
+from fairseq_qn.recipe import Noise, Rule
+
+FLOAT, CODED, FROZEN = 0, 1, 2
+
+
+class _Read(torch.autograd.Function):
+    """value(W) forward, gradient(g) backward. The identity as `gradient` is the straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
+        ctx.gradient = gradient
+        return value(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad if ctx.gradient is None else ctx.gradient(grad)), None, None
+
+
+class WeightView:
+    """How one Parameter is read, by all modules that own it.
+
+    Its buffers `phase` (uint8 scalar) and, for product quantisation, `codes` [out_features, blocks a row] are registered on
+    `home`, the owner that the recipe matched, when the view is made; state-dict keys are therefore the same in every phase.
+    """
+
+    def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, attribute: str, clock: Clock) -> None:
+        weight = home._parameters[attribute]
+        self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
+        self.attribute = attribute
+        self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
+        self.prefix = "" if attribute == "weight" else f"{attribute}_"
+        self._cache: dict[str, tuple[Tensor, int, Any]] = {}
+        home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
+        if rule.scheme == "product":
+            check_block_size(weight.shape, rule.block_size, name)
+            dtype = product.codes_dtype(self.n_centroids)
+            codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
+            home.register_buffer(f"{self.prefix}codes", codes)
+        else:
+            integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
+
+    # -- state
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense Parameter as it is stored."""
+        return self.home._parameters[self.attribute]
+
+    @property
+    def codes(self) -> Tensor:
+        """codes [out_features, blocks a row]; meaningful when CODED or FROZEN."""
+        return self.home._buffers[f"{self.prefix}codes"]
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """Names of this view's buffers on `home`."""
+        names = ("phase", "codes") if self.rule.scheme == "product" else ("phase",)
+        return tuple(self.prefix + name for name in names)
+
+    @property
+    def n_centroids(self) -> int:
+        """K, clipped to the number of blocks."""
+        return product.n_codewords(self.weight.shape, self.rule.block_size, self.rule.n_centroids, self.padding_idx)
+
+    @property
+    def phase(self) -> int:
+        """FLOAT, CODED or FROZEN, as the buffer says."""
+        return self._derived(f"{self.prefix}phase", int)
+
+    @phase.setter
+    def phase(self, value: int) -> None:
+        self.home._buffers[f"{self.prefix}phase"].fill_(value)
+
+    @property
+    def groups(self) -> product.Groups:
+        """The blocks sorted by code."""
+        group = partial(product.Groups.of, n_centroids=self.n_centroids, padding_idx=self.padding_idx)
+        return self._derived(f"{self.prefix}codes", group)
+
+    def _derived(self, name: str, compute: Callable[[Tensor], Any]) -> Any:
+        """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait for it."""
+        buffer = self.home._buffers[name]
+        kept = self._cache.get(name)
+        if kept is None or kept[0] is not buffer or kept[1] != buffer._version:
+            kept = self._cache[name] = (buffer, buffer._version, compute(buffer))
+        return kept[2]
+
+    # -- what is read
+
+    def read(self, weight: Tensor, training: bool) -> Tensor:
+        """What the network sees in place of `weight`."""
+        if self.phase == FROZEN:
+            if self.rule.scheme == "product":
+                project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
+                return _Read.apply(weight, project, project)
+            return _Read.apply(weight, self.quantized, None)
+        p = self.noise.at(self.clock.update) if training and self._noise_kind != "none" else 0.0
+        return _Read.apply(weight, partial(self._noised, p=p), None) if p > 0 else weight
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """phi(weight) of the scheme: exact, without noise. Product: by the present codes."""
+        if self.rule.scheme == "product":
+            return product.project(weight, self.groups, self.rule.block_size)
+        rule = self.rule
+        return integer.fake_quantize(weight, rule.bits, rule.granularity, rule.group_size, self.name)
+
+    @property
+    def _noise_kind(self) -> str:
+        """Integers have a phi of their own, whatever kind of block noise the recipe asks for."""
+        return "exact" if self.rule.scheme == "integer" and self.noise.kind != "none" else self.noise.kind
+
+    @property
+    def needs_codes(self) -> bool:
+        """Exact noise draws on codes, which have to be learned first and refreshed."""
+        return self.rule.scheme == "product" and self.noise.kind == "exact"
+
+    def _noised(self, weight: Tensor, p: float) -> Tensor:
+        block_size = self.rule.block_size if self.rule.scheme == "product" else 1
+        clock = self.clock
+        seed = noise.seed_of(clock.seed, clock.update, clock.micro, clock.rank, self.name)
+        mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
+        if self._noise_kind == "proxy":
+            return noise.drop_blocks(weight, mask, block_size)
+        if self.needs_codes and self.phase == FLOAT:
+            raise ViewError(f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first")
+        return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
+
+
+def install(module: nn.Module, attribute: str, view: WeightView) -> None:
+    """Let `module.<attribute>` read through `view`; the Parameter stays where it is."""
+    views = {**module.__dict__.get("_qn_views", {}), attribute: view}
+    base = type(module)._qn_base if "_qn_views" in module.__dict__ else type(module)
+    module.__dict__["_qn_views"] = views
+    module.__class__ = _viewed_class(base, tuple(sorted(views)))
+
+
+def uninstall(module: nn.Module) -> None:
+    """Back to the ordinary class, without the views' buffers."""
+    for view in module.__dict__.pop("_qn_views", {}).values():
+        for name in view.buffer_names if view.home is module else ():
+            module._buffers.pop(name, None)
+    if hasattr(type(module), "_qn_base"):
+        module.__class__ = type(module)._qn_base
+
+
+def views_of(model: nn.Module) -> Iterator[WeightView]:
+    """Every view in the model, once, in the order of its modules."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for view in module.__dict__.get("_qn_views", {}).values():
+            if id(view) not in seen:
+                seen.add(id(view))
+                yield view
+
+
+@lru_cache(maxsize=None)
+def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
+    body = {attribute: _view_property(attribute) for attribute in attributes}
+    body |= {"_qn_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": _reduce}
+    return type(base.__name__, (base,), body)
+
+
+def _view_property(attribute: str) -> property:
+    def get(self: nn.Module) -> Tensor | None:
+        weight = self._parameters[attribute]
+        try:
+            # A tied owner follows the training flag of the matched one, so that both see the same noise.
+            view = self._qn_views[attribute]
+            return weight if weight is None else view.read(weight, view.home.training)
+        except AttributeError as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
+            raise ViewError(f"{type(self).__name__}.{attribute}: the view cannot be read: {error}") from error
+
+    def put(self: nn.Module, value: object) -> None:
+        raise UnsupportedError(
+            f"{type(self).__name__}.{attribute}: a viewed weight takes a Parameter, found {type(value).__name__}; "
+            "sharded training that replaces Parameters (FSDP) is not supported, use --ddp-backend legacy_ddp or c10d"
+        )
+
+    return property(get, put)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    """Pickle and copy by the base class: the swapped class has no importable name."""
+    return _rebuild, (type(self)._qn_base, tuple(sorted(self._qn_views))), self.__dict__
+
+
+def _rebuild(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = _viewed_class(base, attributes)
+    return cls.__new__(cls)

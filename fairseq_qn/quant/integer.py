@@ -1,0 +1,61 @@
+"""intN: affine integers over the range of a tensor, an output channel or a group, in which zero is exact.
+
+scale = (max - min) / (2^bits - 1) with the range widened to hold 0, zero = round(-min / scale),
+q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w' = (q - zero) * scale   (Fan et al. 2020, eq. 1; Jacob et al. 2018)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_qn.errors import BlockSizeError, NonFiniteWeight
+
+
+@dataclass(frozen=True)
+class Integers:
+    """levels uint8 [n_ranges, values a range], scale fp32 [n_ranges], zero uint8 [n_ranges]."""
+
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def ranges_shape(shape: Sequence[int], granularity: str, group_size: int, name: str = "weight") -> tuple[int, int]:
+    """[n_ranges, values a range] of a weight: one range for the tensor, for each row, or for `group_size` values of a row."""
+    numel = int(torch.Size(shape).numel())
+    if granularity == "tensor":
+        return 1, numel
+    row = numel // shape[0]
+    if granularity == "channel":
+        return shape[0], row
+    if row % group_size:
+        raise BlockSizeError(f"{name}: group_size has to divide the {row} weights of a row, found {group_size}")
+    return numel // group_size, group_size
+
+
+def quantize(weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight") -> Integers:
+    """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError."""
+    rows = weight.detach().float().reshape(ranges_shape(weight.shape, granularity, group_size, name))
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NonFiniteWeight(f"{name}: holds NaN or Inf; quantise a finite weight")
+    top = 2**bits - 1
+    scale = (high / top - low / top).clamp(min=torch.finfo(torch.float32).tiny)  # divided first: 3e38 - -3e38 overflows
+    zero = (-low / scale).round().clamp(0, top)
+    levels = (rows / scale.unsqueeze(1)).round_().add_(zero.unsqueeze(1)).clamp_(0, top)
+    return Integers(levels.to(torch.uint8), scale, zero.to(torch.uint8))
+
+
+def dequantize(integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that the integers stand for."""
+    zero = integers.zero.float().unsqueeze(1)
+    return (integers.levels.float() - zero).mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
+
+
+def fake_quantize(weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight") -> Tensor:
+    """Quantised and dequantised: the same shape and dtype, on at most 2^bits values a range."""
+    return dequantize(quantize(weight, bits, granularity, group_size, name), weight.shape, weight.dtype)

@@ -1,0 +1,106 @@
+"""Product quantisation of a weight: codes [out_features, blocks a row] into one codebook [K, d].
+
+The codebook of a frozen weight is the mean of the blocks that share a code, so that the decoded weight is a projection of
+the dense one: linear, idempotent and its own transpose. Its gradient is therefore the same function of the incoming
+gradient, and a step of SGD moves each codeword by the mean of its blocks' gradients (Fan et al. 2020, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
+from fairseq_qn.quant.kmeans import Clusters, kmeans, nearest
+
+
+def codes_dtype(n_centroids: int) -> torch.dtype:
+    """The smallest dtype that holds codes 0 .. n_centroids - 1."""
+    if n_centroids <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if n_centroids <= 1 << 15 else torch.int32
+
+
+def code_bits(n_centroids: int) -> int:
+    """Bits of one packed code, 1 .. 16."""
+    return max(1, ceil(log2(n_centroids)))
+
+
+def n_codewords(shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None = None) -> int:
+    """K, clipped to the number of blocks that have to be encoded (a pad row is not)."""
+    rows, columns = codes_shape(shape, block_size)
+    return max(1, min(n_centroids, (rows - (padding_idx is not None)) * columns))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The blocks of a weight sorted by code: `order` int32 [n], start of each code's run `offsets` int32 [K], `codes` int32."""
+
+    order: Tensor
+    offsets: Tensor
+    codes: Tensor
+    padding_idx: int | None
+
+    @classmethod
+    def of(cls, codes: Tensor, n_centroids: int, padding_idx: int | None = None) -> Groups:
+        """Sort codes [out_features, blocks a row]; the row `padding_idx` belongs to no code."""
+        flat = codes.reshape(-1).int()
+        order = torch.argsort(flat, stable=True).int()
+        counted = flat
+        if padding_idx is not None:
+            columns = codes.shape[1]
+            order = order[order.div(columns, rounding_mode="floor") != padding_idx]
+            counted = torch.cat([flat[: padding_idx * columns], flat[(padding_idx + 1) * columns :]])
+        counts = torch.bincount(counted, minlength=n_centroids)
+        return cls(order, (counts.cumsum(0) - counts).int(), flat, padding_idx)
+
+
+def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
+    """Mean of the blocks that share a code: fp32 [K, d] (fp64 for an fp64 weight); 0 for a code that none has."""
+    blocks = to_blocks(weight, block_size)
+    if blocks.dtype not in (torch.float32, torch.float64):
+        blocks = blocks.float()
+    return F.embedding_bag(groups.order, blocks, groups.offsets, mode="mean")
+
+
+def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None) -> Tensor:
+    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; the pad row is zero."""
+    weight = from_blocks(F.embedding(codes.reshape(-1).int(), codebook), shape)
+    if padding_idx is not None:
+        weight[padding_idx] = 0
+    return weight
+
+
+def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
+    """Replace each block by the mean of the blocks that share its code; same shape and dtype, pad row zero."""
+    codebook = codebook_of(weight, groups, block_size)
+    return decode(groups.codes, codebook, weight.shape, groups.padding_idx).to(weight.dtype)
+
+
+def learn(weight: Tensor, block_size: int, n_centroids: int, *, padding_idx: int | None = None, iterations: int = 20,
+          seed: int = 0, start: Tensor | None = None, name: str = "weight") -> tuple[Tensor, Clusters]:  # fmt: skip
+    """Codes [out_features, blocks a row] of a weight by k-means, and the clusters they come from.
+
+    The pad row takes no part and gets code 0. Raises NonFiniteWeight.
+    """
+    shape = codes_shape(weight.shape, block_size)
+    kept = torch.ones(shape[0], dtype=torch.bool, device=weight.device)
+    if padding_idx is not None:
+        kept[padding_idx] = False
+    clusters = kmeans(
+        to_blocks(weight.detach()[kept], block_size), n_centroids, iterations=iterations, seed=seed, start=start, name=name
+    )
+    codes = torch.zeros(shape, dtype=codes_dtype(n_centroids), device=weight.device)
+    codes[kept] = clusters.codes.reshape(-1, shape[1]).to(codes.dtype)
+    return codes, clusters
+
+
+def encode(weight: Tensor, codebook: Tensor, n_centroids: int) -> Tensor:
+    """Codes [out_features, blocks a row] of the codeword nearest to each block; codebook [K, d]."""
+    codes = nearest(to_blocks(weight.detach().float(), codebook.shape[1]), codebook.float())
+    return codes.reshape(codes_shape(weight.shape, codebook.shape[1])).to(codes_dtype(n_centroids))

@@ -1,8 +1,8 @@
 """Codes of 1 to 16 bits, packed with no gaps into bytes.
 
 Little-endian bit order: code i takes bits [i * bits, (i + 1) * bits) of the stream, its lowest bit first, and bit j of
-the stream is bit j % 8 of byte j // 8. The last byte is filled up with zero bits. Three codes of 3 bits, written with the
-highest bit on the left:
+the stream is bit j % 8 of byte j // 8. The last byte is filled up with zero bits. Three codes of 3 bits, written with
+the highest bit on the left:
 
     code            7 = 111    1 = 001    6 = 110
     byte 0          10 001 111                        the low two bits of 6, then 1, then 7

@@ -38,10 +38,11 @@ def predict_bytes(shapes: Mapping[str, Spec], manifest: Mapping[str, Any]) -> in
 def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> int:
     """Write one file, replacing what is at `path` in one step, and return its size on disk in bytes.
 
-    `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors may be on any
-    device, strided in any way, and may share storage; each is written in full.
+    `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors may be on
+    any device, strided in any way, and may share storage; each is written in full. A kill leaves the old file or the
+    new one, and perhaps a `.*.qn-tmp` beside it.
 
-    Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails, with nothing left.
+    Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails; nothing is left.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
@@ -110,10 +111,10 @@ def _opened(path: PathLike) -> BinaryIO:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path`, moved over it when the block ends well and removed when it does not."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"cannot write {path}: it is a directory or device; choose the path of a file")
     temporary = path.with_name(f".{secrets.token_hex(8)}.qn-tmp")
     try:
+        if path.exists() and not path.is_file():  # a move would replace /dev/null itself
+            raise OSError(errno.EINVAL, "it is a directory or device")
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -123,7 +124,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            todo = "choose a directory that exists, has room, and that you may write to"
+            todo = "choose a file in a directory that exists, has room, and that you may write to"
             raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; {todo}") from error
         raise
     _sync_directory(path.parent)

@@ -5,9 +5,9 @@
                         {"__metadata__": {"format": "fairseq_qn", "header_sha256": "...", "manifest": "{...}"},
                          "name": {"data_offsets": [begin, end], "dtype": "F16", "shape": [...]}, ...}
 
-`header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. The manifest, JSON text, carries
-the sha256 of each tensor. So each byte of the file is under one digest. Digests show damage, not malice: each claim of a
-header is also checked against the size of the file, so that no claim alone can make a reader take memory.
+`header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. The manifest, JSON text,
+carries the sha256 of each tensor. So each byte of the file is under one digest. Digests show damage, not malice: each
+claim of a header is also checked against the size of the file, so that no claim alone can make a reader take memory.
 
 The header is laid out here, and not by the safetensors library, because the library (0.8.0) writes metadata in random
 order and cannot say beforehand how large a file will be. The library reads these files, and a test compares.
@@ -131,7 +131,7 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
 def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") -> FormatError:
     """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file again."""
     todo = todo or "the file is damaged or not of fairseq_qn: copy or save it again"
-    return FormatError(" ".join(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}".split()))
+    return FormatError(" ".join(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}".splitlines()))
 
 
 def short(value: Any) -> str:

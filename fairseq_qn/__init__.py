@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fairseq_qn.api import apply, freeze, refresh, set_update
+from fairseq_qn.api import apply, figures, freeze, inspect, load, predict_size, refresh, save, set_update
 from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "apply", "freeze", "refresh", "set_update"]
+__all__ = ["Recipe", "apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]

@@ -108,8 +108,8 @@ class Recipe:
         """Plain data that `load` reads back to an equal recipe."""
         rules = [_without_defaults(rule) for rule in self.rules]
         stages = [_without_defaults(stage) if stage.update or stage.epoch else stage.name for stage in self.stages]
-        noise = asdict(self.noise)
-        return {"version": VERSION, "noise": noise, "rules": rules, "keep": list(self.keep), "stages": stages}
+        data = {"version": VERSION, "noise": asdict(self.noise), "rules": rules, "keep": self.keep, "stages": stages}
+        return json.loads(json.dumps(data))  # lists for tuples
 
     def to_json(self) -> str:
         """One line of JSON, for a checkpoint's configuration."""

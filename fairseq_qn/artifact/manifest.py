@@ -1,0 +1,122 @@
+"""The manifest: what is in the file, as plain data, and the strict check of it on the way in.
+
+    version     of the format, 1
+    producer    who wrote it
+    recipe      the recipe, as Recipe.to_dict
+    parts       dtype of the floating-point parts
+    layers      name -> codec entry of each quantised weight
+    exponents   name -> exponent of those dense tensors that have one
+    ties        [[name, other owner, ...], ...]; the weight is stored under the first
+    dropped     modules that were left out
+    assets      name -> {bytes}: files that travel inside, each a zlib-compressed uint8 tensor `asset:<name>`
+    source      how to rebuild the model ({"builder": ...}), or null
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_qn.artifact import codec
+from fairseq_qn.errors import BlockSizeError, FormatError
+from fairseq_qn.quant.blocks import check_block_size
+from fairseq_qn.recipe import GRANULARITIES, MAX_CENTROIDS
+
+VERSION = 1
+ASSET = "asset:"
+MAX_ASSET_BYTES = 1 << 28  # a file inside the file; guards against a few bytes that unpack to gigabytes
+
+_FIELDS = {
+    "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict, "ties": list,
+    "dropped": list, "assets": dict, "source": (dict, type(None)), "tensors": dict,
+}  # fmt: skip
+
+
+def check(manifest: Mapping[str, Any], path: str) -> None:
+    """Raise FormatError unless the manifest is of this version and agrees with its own table of tensors."""
+    if manifest.get("version") != VERSION:
+        raise FormatError(
+            f"{path}: format version: expected {VERSION}, found {manifest.get('version')!r}; "
+            "read it with the release of fairseq_qn that wrote it"
+        )
+    for key, kind in _FIELDS.items():
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest.get(key), bool):
+            raise FormatError(f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again")
+    if manifest["parts"] not in codec.FLOATS:
+        raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {manifest['parts']!r}")
+    for name, exponent in manifest["exponents"].items():
+        if type(exponent) is not int or abs(exponent) > 1000:
+            raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {exponent!r}")
+    for name, entry in manifest["layers"].items():
+        _check_layer(name, entry, manifest, path)
+
+
+def asset_tensor(data: bytes) -> Tensor:
+    """A file's bytes, zlib-compressed, as uint8 [n]."""
+    return torch.frombuffer(bytearray(zlib.compress(data, 9)), dtype=torch.uint8)
+
+
+def read_assets(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, bytes]:
+    """The files that travel inside. Raises FormatError for one that is not what its entry says."""
+    assets = {}
+    for name, entry in manifest["assets"].items():
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        if type(size) is not int or not 0 <= size <= MAX_ASSET_BYTES or ASSET + name not in tensors:
+            raise FormatError(f"{path}: asset {name!r}: no such tensor, or no sensible size; the file is damaged, fetch it again")
+        unpacker = zlib.decompressobj()
+        try:
+            data = unpacker.decompress(tensors[ASSET + name].numpy().tobytes(), size + 1)
+        except zlib.error as error:
+            raise FormatError(f"{path}: asset {name!r}: cannot be unpacked: {error}") from None
+        if len(data) != size:
+            raise FormatError(f"{path}: asset {name!r}: expected {size} bytes, found {len(data)}{'+' if len(data) > size else ''}")
+        assets[name] = data
+    return assets
+
+
+def dense_names(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that are stored as they are."""
+    parts = {f"{name}/{part}" for name, entry in manifest["layers"].items() for part in codec.layout(entry, torch.float32)}
+    return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
+
+
+def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) -> None:
+    damaged = f"{path}: layer {name!r}: {{}}; the file is damaged, fetch it again"
+    if not isinstance(entry, dict) or not _sizes(entry.get("shape")) or len(entry["shape"]) < 2:
+        raise FormatError(damaged.format("expected a shape of two or more sizes"))
+    n = prod(entry["shape"])
+    if entry.get("scheme") == "product":
+        bounds = {"block_size": (1, n), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
+        padding = entry.get("padding_idx")
+        legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
+    elif entry.get("scheme") == "integer":
+        bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
+    else:
+        raise FormatError(damaged.format(f"unknown scheme {entry.get('scheme')!r}"))
+    if not legal or any(type(entry.get(k)) is not int or not low <= entry[k] <= high for k, (low, high) in bounds.items()):
+        raise FormatError(damaged.format("a field is missing or out of range"))
+    try:
+        if entry["scheme"] == "product":
+            check_block_size(entry["shape"], entry["block_size"], name)
+        wanted = codec.layout(entry, codec.FLOATS[manifest["parts"]])
+    except BlockSizeError as error:
+        raise FormatError(damaged.format(str(error))) from None
+    for part, (dtype, shape) in wanted.items():
+        found = manifest["tensors"].get(f"{name}/{part}")
+        expected = [_dtype_name(dtype), list(shape)]
+        if found is None or [found["dtype"], list(found["shape"])] != expected:
+            shown = "none" if found is None else f"{found['dtype']} {found['shape']}"
+            raise FormatError(damaged.format(f"{part}: expected {expected[0]} {expected[1]}, found {shown}"))
+
+
+def _sizes(shape: Any) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}[dtype]

@@ -1,0 +1,3 @@
+"""fairseq's models whose weights are views."""
+
+from fairseq_qn.models import roberta, transformer  # noqa: F401

@@ -1,0 +1,107 @@
+"""What every qn_ model adds to fairseq's own: its recipe, its views, and a description from which it can be rebuilt."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_INV_REGISTRY, ARCH_MODEL_REGISTRY, register_model_architecture
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fairseq_qn import api
+from fairseq_qn.modules.adopt import adopt
+from fairseq_qn.modules.view import views_of
+from fairseq_qn.recipe import Recipe, short_recipe
+
+logger = logging.getLogger(__name__)
+
+_UPSTREAM_NOISE = ("quant_noise_pq", "quant_noise_scalar")
+
+
+class QuantisedModel:
+    """Mixin for a fairseq model class, before it in the bases.
+
+    The recipe comes from the task (--quant-recipe), else from the model's own configuration (a checkpoint), else from
+    fairseq's --quant-noise-pq or --quant-noise-scalar. It is kept in the configuration as text, so that a checkpoint
+    needs no recipe file.
+    """
+
+    @classmethod
+    def build_model(cls, args: Namespace | DictConfig, task: Any) -> Any:
+        """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist so far."""
+        with open_dict(args) if OmegaConf.is_config(args) else _nothing():
+            recipe = _recipe_for(args, task)
+            for name in _UPSTREAM_NOISE:  # its hooks overwrite weights; the recipe stands for them from here on
+                _remember(args, name, 0)
+            if recipe is not None:
+                _remember(args, "quant_recipe", recipe.to_json())
+            model = super().build_model(args, task)
+        model.qn_source = describe(args, task)
+        if recipe is not None:
+            api.apply(model, recipe, seed=int(getattr(_config_of(task), "seed", 0) or 0), strict=False)
+        return model
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is lost."""
+        super().upgrade_state_dict_named(state_dict, name)
+        adopt(state_dict, views_of(self))
+
+
+def mirror_architectures(ours: str, theirs: str) -> None:
+    """Register every architecture of fairseq's model for ours, under its name with qn_ before it."""
+    for name in ARCH_MODEL_INV_REGISTRY[theirs]:
+        if f"qn_{name}" not in ARCH_MODEL_REGISTRY:
+            register_model_architecture(ours, f"qn_{name}")(ARCH_CONFIG_REGISTRY[name])
+
+
+def describe(args: Namespace | DictConfig, task: Any) -> dict[str, Any]:
+    """Plain data from which `hub` rebuilds the model: configurations and dictionaries (symbols in order)."""
+    dictionaries = {}
+    for key in ("source_dictionary", "target_dictionary", "label_dictionary"):
+        dictionary = getattr(task, key, None)
+        if dictionary is not None:
+            dictionaries[key] = dictionary
+    return {"model": _plain(args), "task": _plain(_config_of(task)), "dictionaries": dictionaries}
+
+
+def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
+    text = getattr(_config_of(task), "quant_recipe", None) or getattr(args, "quant_recipe", None)
+    if text:
+        return Recipe.load(text)
+    p = float(getattr(args, "quant_noise_pq", 0) or 0)
+    if p > 0:
+        return short_recipe(p, int(getattr(args, "quant_noise_pq_block_size", 8)))
+    p = float(getattr(args, "quant_noise_scalar", 0) or 0)
+    return short_recipe(p, 1, bits=8) if p > 0 else None
+
+
+def _remember(args: Namespace | DictConfig, key: str, value: Any) -> None:
+    """Set a model option here and in the trainer's configuration, of which fairseq may have handed out a merged copy."""
+    setattr(args, key, value)
+    parent = args._get_parent() if OmegaConf.is_config(args) else None
+    if parent is not None and OmegaConf.is_config(parent.get("model")):
+        with open_dict(parent.model):
+            parent.model[key] = value
+
+
+def _config_of(task: Any) -> Any:
+    return getattr(task, "cfg", None) or getattr(task, "args", None)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    if OmegaConf.is_config(config):
+        return OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    if isinstance(config, Namespace):
+        config = vars(config)
+    elif not isinstance(config, dict):
+        config = {key: getattr(config, key) for key in getattr(config, "__dataclass_fields__", ())}
+    plain = (str, int, float, bool, type(None), list, tuple)
+    return {key: value for key, value in config.items() if isinstance(value, plain)}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

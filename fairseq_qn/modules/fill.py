@@ -1,0 +1,148 @@
+"""Put the weights of a file into a dense model: decoded (mode "dense"), or packed as they are (mode "packed")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_qn.errors import MismatchError, UnsupportedError
+from fairseq_qn.modules.conv import IntConv2d, PQConv2d
+from fairseq_qn.modules.embedding import IntEmbedding, PQEmbedding
+from fairseq_qn.modules.linear import IntLinear, PQLinear
+from fairseq_qn.modules.packed import PQ, Int, swap, tie
+from fairseq_qn.quant.integer import Integers, dequantize
+from fairseq_qn.quant.product import decode
+
+_PQ = {nn.Linear: PQLinear, nn.Embedding: PQEmbedding, nn.Conv2d: PQConv2d}
+_INT = {nn.Linear: IntLinear, nn.Embedding: IntEmbedding, nn.Conv2d: IntConv2d}
+
+
+@dataclass(frozen=True)
+class ProductWeight:
+    """codes [out_features, blocks a row] and codebook fp32 [K, d] of a weight of this shape."""
+
+    codes: Tensor
+    codebook: Tensor
+    shape: tuple[int, ...]
+    padding_idx: int | None
+
+    def dense(self) -> Tensor:
+        """The decoded weight, fp32."""
+        return decode(self.codes, self.codebook, self.shape, self.padding_idx)
+
+    def into(self, module: nn.Module) -> None:
+        """Replace a dense module's weight by these codes."""
+        swap(module, PQ, _PQ)
+        module.pack(self.codes, self.codebook, self.shape, self.padding_idx)
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """The integers of a weight of this shape."""
+
+    integers: Integers
+    shape: tuple[int, ...]
+
+    def dense(self) -> Tensor:
+        """The de-quantised weight, fp32."""
+        return dequantize(self.integers, self.shape)
+
+    def into(self, module: nn.Module) -> None:
+        """Replace a dense module's weight by these integers."""
+        swap(module, Int, _INT)
+        module.pack(self.integers, self.shape)
+
+
+Weight = ProductWeight | IntegerWeight
+
+
+class Dropped(nn.Module):
+    """What stands in for a module that was left out of the file."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(f"{self.name}: was left out of the file when it was saved; save it without drop to use it")
+
+
+def check_fits(model: nn.Module, shapes: Mapping[str, Sequence[int]], ties: Sequence[Sequence[str]], dropped: Sequence[str]) -> None:
+    """Raise MismatchError unless `shapes` (name -> shape, ties by their first name) are exactly the model's tensors."""
+    wanted = {name: list(t.shape) for name, t in model.state_dict(keep_vars=True).items() if not _under(name, dropped)}
+    found = {name: list(shape) for name, shape in shapes.items()}
+    found |= {other: found[first] for first, *others in ties for other in others if first in found}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise MismatchError(f"{name}: the model has it, the file has not ({_missing(wanted, found)}); load it into its own model")
+        if found[name] != shape:
+            raise MismatchError(f"{name}: shape: expected {shape}, found {found[name]} in the file; load it into its own model")
+    extra = sorted(set(found) - set(wanted))
+    if extra:
+        raise MismatchError(f"{extra[0]}: the file has it, the model has not ({len(extra)} such); load it into its own model")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Tensor], ties: Sequence[Sequence[str]],
+         dropped: Sequence[str], mode: str) -> None:  # fmt: skip
+    """Fill a dense model that check_fits has passed, in place. A model on the meta device gets its tensors here."""
+    for name in dropped:
+        parent, attribute = _home(model, name)
+        setattr(parent, attribute, Dropped(name))
+    for name, tensor in dense.items():
+        _assign(model, name, tensor)
+    for name, weight in layers.items():
+        if mode == "dense":
+            _assign(model, name, weight.dense())
+    for first, *others in ties:
+        for other in others:
+            _retie(model, first, other)
+    if mode == "packed":
+        tied = {first: others for first, *others in ties}
+        for name, weight in layers.items():
+            module, _ = _home(model, name)
+            weight.into(module)
+            for other in tied.get(name, ()):
+                tie(*_home(model, other), module)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    module, attribute = _home(model, name)
+    old = module._parameters.get(attribute)
+    if old is not None:
+        if old.is_meta:
+            module._parameters[attribute] = nn.Parameter(value.to(old.dtype), old.requires_grad)
+        else:
+            old.copy_(value)
+    elif module._buffers[attribute].is_meta:
+        module._buffers[attribute] = value.clone()
+    else:
+        module._buffers[attribute].copy_(value)
+
+
+def _retie(model: nn.Module, first: str, other: str) -> None:
+    (home, attribute), (module, other_attribute) = _home(model, first), _home(model, other)
+    if attribute in home._parameters:
+        module._parameters[other_attribute] = home._parameters[attribute]
+    else:
+        module._buffers[other_attribute] = home._buffers[attribute]
+
+
+def _home(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _under(name: str, modules: Sequence[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _missing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:
+    n = sum(name not in found for name in wanted)
+    return f"{n} of {len(wanted)} missing"
+
+

@@ -1,0 +1,87 @@
+"""Compressed modules: a loaded model's layers that hold codes and codebooks, or integers, instead of a dense weight.
+
+They are made from dense modules by swapping the instance's class, so every attribute (stride, padding_idx, bias, ...) stays,
+and `.weight` is decoded when read, so that attention and tied heads, which never call the layer, read it too.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from fairseq_qn.quant.integer import Integers, dequantize
+from fairseq_qn.quant.product import decode
+
+
+class PQ:
+    """Mixin: codes [out_features, blocks a row] and codebook [K, d] in place of the weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight."""
+        return decode(self.codes, self.codebook, self.qn_shape, self.qn_padding_idx)
+
+    def pack(self, codes: Tensor, codebook: Tensor, shape: tuple[int, ...], padding_idx: int | None) -> None:
+        """Take the place of the dense weight."""
+        self.qn_shape, self.qn_padding_idx = shape, padding_idx
+        self.register_buffer("codes", codes)
+        self.register_buffer("codebook", codebook)
+
+
+class Int:
+    """Mixin: levels uint8 [n_ranges, values a range], scale and zero [n_ranges] in place of the weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The de-quantised weight."""
+        return dequantize(Integers(self.levels, self.scale, self.zero), self.qn_shape)
+
+    def pack(self, integers: Integers, shape: tuple[int, ...]) -> None:
+        """Take the place of the dense weight."""
+        self.qn_shape = shape
+        self.register_buffer("levels", integers.levels)
+        self.register_buffer("scale", integers.scale)
+        self.register_buffer("zero", integers.zero)
+
+
+def swap(module: nn.Module, mixin: type, special: dict[type, type]) -> None:
+    """Turn a dense module into its compressed kind, without its weight: `special` for its own type, else the mixin over it."""
+    base = type(module)
+    del module._parameters["weight"]
+    module.__class__ = special.get(base) or _packed_class(base, mixin)
+
+
+def tie(owner: nn.Module, attribute: str, home: nn.Module) -> None:
+    """Let `owner.<attribute>` read the weight of a compressed module."""
+    base = type(owner)
+    del owner._parameters[attribute]
+    owner.__dict__["_qn_home"] = home  # past nn.Module.__setattr__: not a submodule
+    owner.__class__ = _tied_class(base, attribute)
+
+
+@lru_cache(maxsize=None)
+def _packed_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: int) -> tuple:
+        return _rebuild_packed, (base, mixin), self.__dict__
+
+    return type(mixin.__name__ + base.__name__, (mixin, base), {"__reduce_ex__": reduce, "__module__": base.__module__})
+
+
+@lru_cache(maxsize=None)
+def _tied_class(base: type[nn.Module], attribute: str) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: int) -> tuple:
+        return _rebuild_tied, (base, attribute), self.__dict__
+
+    body = {attribute: property(lambda self: self._qn_home.weight), "__reduce_ex__": reduce, "__module__": base.__module__}
+    return type(base.__name__, (base,), body)
+
+
+def _rebuild_packed(base: type[nn.Module], mixin: type) -> nn.Module:
+    cls = _packed_class(base, mixin)
+    return cls.__new__(cls)
+
+
+def _rebuild_tied(base: type[nn.Module], attribute: str) -> nn.Module:
+    cls = _tied_class(base, attribute)
+    return cls.__new__(cls)

@@ -222,9 +222,10 @@ CLAIMS = [
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: json.dumps(claim)[:60])
 def test_impossible_claims_fail_without_allocation(claim: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = {"sha256": hashlib.sha256(bytes(4)).hexdigest(), **(claim if isinstance(claim, dict) else {})}
-    record.pop("data_offsets", None)
-    forge(path, {"a": claim}, {"tensors": {"a": record}}, bytes(4))
+    given = claim if isinstance(claim, dict) else {}
+    data = b"" if given.get("data_offsets") == [0, 0] else bytes(4)  # so that only the claim itself is wrong
+    record = {"sha256": hashlib.sha256(data).hexdigest(), "dtype": given.get("dtype"), "shape": given.get("shape")}
+    forge(path, {"a": claim}, {"tensors": {"a": record}}, data)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
     assert_refused(path, "tensor 'a'|tensor data")
 

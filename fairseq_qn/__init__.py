@@ -13,3 +13,10 @@ from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
+
+if find_spec("fairseq") is not None:
+    # fairseq imports tasks/ and models/ of a --user-dir by itself, but not criterions/, and nothing if the package is imported already.
+    from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
+    from fairseq_qn.tasks import checkpoint_classes
+
+    checkpoint_classes.allow()

@@ -12,6 +12,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_INV_REGISTRY, ARCH_M
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_qn import api
+from fairseq_qn.models.describe import describe, dictionary_bytes
 from fairseq_qn.modules.adopt import adopt
 from fairseq_qn.modules.view import views_of
 from fairseq_qn.recipe import Recipe, short_recipe
@@ -39,10 +40,17 @@ class QuantisedModel:
             if recipe is not None:
                 _remember(args, "quant_recipe", recipe.to_json())
             model = super().build_model(args, task)
-        model.qn_source = describe(args, task)
+            model.__dict__["_qn_source"] = describe(args, task)
         if recipe is not None:
             api.apply(model, recipe, seed=int(getattr(_config_of(task), "seed", 0) or 0), strict=False)
         return model
+
+    def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads, dictionaries."""
+        source, dictionaries = self.__dict__["_qn_source"]
+        heads = getattr(self, "classification_heads", {})
+        sizes = {name: [head.out_proj.out_features, head.dense.out_features] for name, head in heads.items()}
+        return {**source, "heads": sizes}, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is lost."""
@@ -55,16 +63,6 @@ def mirror_architectures(ours: str, theirs: str) -> None:
     for name in ARCH_MODEL_INV_REGISTRY[theirs]:
         if f"qn_{name}" not in ARCH_MODEL_REGISTRY:
             register_model_architecture(ours, f"qn_{name}")(ARCH_CONFIG_REGISTRY[name])
-
-
-def describe(args: Namespace | DictConfig, task: Any) -> dict[str, Any]:
-    """Plain data from which `hub` rebuilds the model: configurations and dictionaries (symbols in order)."""
-    dictionaries = {}
-    for key in ("source_dictionary", "target_dictionary", "label_dictionary"):
-        dictionary = getattr(task, key, None)
-        if dictionary is not None:
-            dictionaries[key] = dictionary
-    return {"model": _plain(args), "task": _plain(_config_of(task)), "dictionaries": dictionaries}
 
 
 def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
@@ -89,17 +87,6 @@ def _remember(args: Namespace | DictConfig, key: str, value: Any) -> None:
 
 def _config_of(task: Any) -> Any:
     return getattr(task, "cfg", None) or getattr(task, "args", None)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    if OmegaConf.is_config(config):
-        return OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    if isinstance(config, Namespace):
-        config = vars(config)
-    elif not isinstance(config, dict):
-        config = {key: getattr(config, key) for key in getattr(config, "__dataclass_fields__", ())}
-    plain = (str, int, float, bool, type(None), list, tuple)
-    return {key: value for key, value in config.items() if isinstance(value, plain)}
 
 
 @contextmanager

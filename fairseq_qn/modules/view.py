@@ -182,7 +182,8 @@ def views_of(model: nn.Module) -> Iterator[WeightView]:
 def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
     body = {attribute: _view_property(attribute) for attribute in attributes}
-    body |= {"_qn_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": _reduce}
+    body |= {"_qn_base": base, "__setattr__": _set_attribute, "__reduce_ex__": _reduce}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
 
 
@@ -192,17 +193,28 @@ def _view_property(attribute: str) -> property:
         try:
             # A tied owner follows the training flag of the matched one, so that both see the same noise.
             view = self._qn_views[attribute]
-            return weight if weight is None else view.read(weight, view.home.training)
+            if weight is None:
+                return None
+            value = view.read(weight, view.home.training)
+            if value is not weight:
+                value._qn_parameter = weight
+            return value
         except AttributeError as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
             raise ViewError(f"{type(self).__name__}.{attribute}: the view cannot be read: {error}") from error
 
-    def put(self: nn.Module, value: object) -> None:
-        raise UnsupportedError(
-            f"{type(self).__name__}.{attribute}: a viewed weight takes a Parameter, found {type(value).__name__}; "
-            "sharded training that replaces Parameters (FSDP) is not supported, use --ddp-backend legacy_ddp or c10d"
-        )
+    return property(get)
 
-    return property(get, put)
+
+def _set_attribute(self: nn.Module, name: str, value: object) -> None:
+    """Assigning what was read from a view assigns its Parameter: fairseq's trainer so restores ties after a move."""
+    if name in self.__dict__.get("_qn_views", ()) and not isinstance(value, (nn.Parameter, type(None))):
+        read, value = value, getattr(value, "_qn_parameter", None)
+        if value is None:
+            raise UnsupportedError(
+                f"{type(self).__name__}.{name}: a viewed weight takes a Parameter, found {type(read).__name__}; "
+                "sharded training that replaces Parameters (FSDP) is not supported, use --ddp-backend legacy_ddp or c10d"
+            )
+    nn.Module.__setattr__(self, name, value)
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:

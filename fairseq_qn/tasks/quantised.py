@@ -36,8 +36,9 @@ class QuantisedTaskConfig(FairseqDataclass):
         default=None, metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"}
     )
     quant_iterations: int = field(default=20, metadata={"help": "iterations of k-means when a stage is frozen"})
-    quant_store_ema: bool = II("ema.store_ema")
-    quant_ddp_backend: str = II("distributed_training.ddp_backend")
+    # Under fairseq's own names: its parser turns the text of an interpolation under any other into True.
+    store_ema: bool = II("ema.store_ema")
+    ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 class QuantisedTask:
@@ -46,7 +47,8 @@ class QuantisedTask:
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
         """Set up fairseq's task. The recipe file is read here, once, and its text kept in the configuration."""
-        _refuse_unsupported(cfg)
+        if not kwargs.get("from_checkpoint"):
+            _refuse_unsupported(cfg)
         text = getattr(cfg, "quant_recipe", None)
         if text:
             _remember(cfg, "quant_recipe", Recipe.load(text).to_json())
@@ -139,12 +141,12 @@ def _boundaries(recipe: Recipe, config: Any) -> dict[str, tuple[str, int]]:
 
 
 def _refuse_unsupported(cfg: Any) -> None:
-    if getattr(cfg, "quant_store_ema", False):
+    if getattr(cfg, "store_ema", False):
         raise UnsupportedError(
             "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes means nothing. "
             "Train without --store-ema"
         )
-    if str(getattr(cfg, "quant_ddp_backend", "")) == "fully_sharded":
+    if str(getattr(cfg, "ddp_backend", "")) == "fully_sharded":
         raise UnsupportedError("--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d")
 
 

@@ -1,0 +1,46 @@
+"""The options of whichever criterion is wrapped, as fields of one dataclass.
+
+fairseq adds only the chosen criterion's options to its parser, and tasks interpolate theirs from `criterion.*`; so the
+wrapper's dataclass carries the fields of every criterion that fairseq has registered.
+"""
+
+# No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import Any
+
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass import FairseqDataclass
+
+_GROUPS = ("${common.", "${optimization.", "${distributed_training.")
+
+
+def with_wrapped_options(config: type[FairseqDataclass]) -> type[FairseqDataclass]:
+    """`config` with the fields of all registered criterions that have a default; where two differ, the first by name."""
+    found: dict[str, tuple[type, Field]] = {}
+    for name in sorted(CRITERION_DATACLASS_REGISTRY):
+        for f in fields(CRITERION_DATACLASS_REGISTRY[name]):
+            if _usable(f):
+                found.setdefault(f.name, (f.type, f))
+    own = {f.name for f in fields(config)}
+    extra = [
+        (name, kind, field(default=f.default, metadata=dict(f.metadata))) for name, (kind, f) in found.items() if name not in own
+    ]
+    return make_dataclass(config.__name__, extra, bases=(config,), namespace={"__doc__": config.__doc__, "__module__": config.__module__})
+
+
+def options_of(dataclass: type[FairseqDataclass], config: Any, union: type[FairseqDataclass]) -> FairseqDataclass:
+    """The wrapped criterion's own options: what the user set; its own default for what was left as it is."""
+    defaults = {f.name: f.default for f in fields(union)}
+    result = dataclass()
+    for f in fields(dataclass):
+        value = getattr(config, f.name, MISSING)
+        given = value is not MISSING and (value != defaults.get(f.name) or str(f.default).startswith("${"))
+        if not f.name.startswith("_") and given:
+            setattr(result, f.name, value)
+    return result
+
+
+def _usable(f: Field) -> bool:
+    if f.name.startswith("_") or f.default is MISSING:
+        return False
+    return not (isinstance(f.default, str) and f.default.startswith("${") and not f.default.startswith(_GROUPS))

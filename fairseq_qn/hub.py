@@ -1,0 +1,189 @@
+"""fairseq's hub interfaces from the small file alone: no data directory, no pickle. Importing this teaches `load` to rebuild."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, hub_utils
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models.roberta import RobertaHubInterface
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor, nn
+
+from fairseq_qn import api
+from fairseq_qn.artifact import container, manifest
+from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.models.describe import build_model, build_task
+from fairseq_qn.models.roberta import QNRobertaModel
+from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
+
+__all__ = ["QNRobertaModel", "QNTransformerLanguageModel", "QNTransformerModel", "load_any", "load_checkpoint", "load_interface"]
+
+SUFFIX = ".qn.safetensors"
+
+
+class QNRobertaHub(RobertaHubInterface):
+    """fairseq's RoBERTa interface (encode, decode, predict, fill_mask, extract_features), with the names of the labels."""
+
+    def encode(self, sentence: str, *addl_sentences: str, no_separator: bool = False) -> Tensor:
+        """Token ids [length] of a sentence or of several. Raises UnsupportedError if the file carries no BPE model."""
+        if self.bpe is None:
+            raise UnsupportedError("encode: the file carries no BPE model; save it with one (compress --bpe ... --bpe-files ...)")
+        return super().encode(sentence, *addl_sentences, no_separator=no_separator)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        dictionary = getattr(self.task, "label_dictionary", None)
+        return dictionary.symbols[dictionary.nspecial :] if dictionary is not None else []
+
+    @torch.inference_mode()
+    def classify(self, *sentences: str, head: str | None = None) -> list[tuple[str, float]]:
+        """[(label, probability)] of one sentence, or of a pair, the likeliest first."""
+        heads = list(self.model.classification_heads)
+        head = head or (heads[0] if heads else None)
+        if head not in heads:
+            raise UnsupportedError(f"classify: expected one of the heads {heads}, found {head!r}")
+        chances = self.predict(head, self.encode(*sentences)).exp().flatten()
+        names = self.labels if len(self.labels) >= len(chances) else [str(i) for i in range(len(chances))]
+        return sorted(zip(names, chances.tolist(), strict=False), key=lambda item: -item[1])
+
+
+def load_interface(path: str | Path, mode: str = "dense") -> Any:
+    """The interface that fits the file's model: QNRobertaHub, or fairseq's generator interface."""
+    path = find_file(path)
+    model = api.load(path, mode)
+    plan = api.inspect(path)
+    with _bpe_config(plan, path) as config:
+        if isinstance(model, QNRobertaModel):
+            return QNRobertaHub(config, model.qn_task, model).eval()
+        return hub_utils.GeneratorHubInterface(config, model.qn_task, [model]).eval()
+
+
+def roberta_from_pretrained(cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any) -> Any:
+    """from_pretrained of qn_roberta: a small file, a folder that holds one, or what fairseq takes."""
+    if is_small(path):
+        return load_interface(path, mode)
+    return super(QNRobertaModel, cls).from_pretrained(str(path), checkpoint_file, **kwargs)
+
+
+def generator_from_pretrained(cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any) -> Any:
+    """from_pretrained of qn_transformer and qn_transformer_lm, likewise."""
+    if is_small(path):
+        return load_interface(path, mode)
+    from fairseq.models.transformer import TransformerModel
+
+    return TransformerModel.from_pretrained.__func__(cls, str(path), checkpoint_file, **kwargs)
+
+
+def is_small(path: str | Path) -> bool:
+    """Whether a path names a small file, or a folder with one in it."""
+    path = Path(path)
+    return path.name.endswith(SUFFIX) or (path.is_dir() and any(path.glob(f"*{SUFFIX}")))
+
+
+def find_file(path: str | Path) -> Path:
+    """The small file that a path names: itself, or the only one in a folder. Raises FormatError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) != 1:
+        raise FormatError(f"{path}: expected one *{SUFFIX} file in the folder, found {len(found)}; name the file")
+    return found[0]
+
+
+def load_any(path: str | Path, data: str | None = None) -> nn.Module:
+    """A model from a small file or from a fairseq checkpoint; `data`: where the checkpoint's dictionaries are now."""
+    return api.load(find_file(path)) if is_small(path) else load_checkpoint(path, data)[0]
+
+
+def load_checkpoint(path: str | Path, data: str | None = None, recipe: str | None = None, heads: bool = True) -> tuple[nn.Module, Any, Any]:
+    """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
+
+    recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
+    Raises FormatError, UnsupportedError for an architecture that has no qn_ kind, MismatchError.
+    """
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such checkpoint")
+    try:
+        overrides = {"data": data} if data else {}
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
+    except Exception as error:  # torch.load raises many kinds
+        raise FormatError(f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}") from error
+    if state.get("cfg") is None and state.get("args") is not None:
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+        state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
+    config = state["cfg"]
+    _as_quantised(config, recipe, heads, path)
+    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+    return models[0].eval(), config, task
+
+
+def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path) -> None:
+    from fairseq.models import ARCH_MODEL_REGISTRY
+    from fairseq.tasks import TASK_REGISTRY
+
+    OmegaConf.set_struct(config, False)
+    model, task = config.model, config.task
+    arch = getattr(model, "_name", None) or getattr(model, "arch", None)
+    if not arch.startswith("qn_"):
+        if f"qn_{arch}" not in ARCH_MODEL_REGISTRY:
+            raise UnsupportedError(f"{path}: architecture {arch!r} has no qn_ kind; expected RoBERTa, transformer or transformer_lm")
+        for key in ("_name", "arch"):
+            if getattr(model, key, None):
+                setattr(model, key, f"qn_{getattr(model, key)}")
+    if f"qn_{task._name}" in TASK_REGISTRY:
+        task._name = f"qn_{task._name}"
+    if heads:
+        model.load_checkpoint_heads = True
+    if recipe is not None:
+        from fairseq_qn.recipe import Recipe
+
+        text = Recipe.load(recipe).to_json()
+        task.quant_recipe = model.quant_recipe = text
+
+
+def _build(source: dict[str, Any], assets: dict[str, bytes]) -> nn.Module:
+    try:
+        task = build_task(source, assets)
+        model = build_model(source, task)
+    except (KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise FormatError(f"source: does not describe a model: {type(error).__name__}: {error}") from error
+    model.__dict__["qn_task"] = task
+    return model
+
+
+api.register_builder("fairseq", _build)
+
+
+@contextmanager
+def _bpe_config(plan: Mapping[str, Any], path: Path) -> Iterator[Any]:
+    """fairseq's configuration with the BPE and tokenizer of the file, whose model files lie in a folder for the moment."""
+    tensors, _ = container.read(path)
+    assets = manifest.read_assets(plan, tensors, str(path))
+    source = plan["source"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in assets.items():
+            target = Path(folder) / name
+            if not target.resolve().is_relative_to(Path(folder).resolve()):
+                raise FormatError(f"{path}: asset {name!r}: leads out of the file's folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        config = OmegaConf.structured(FairseqConfig)
+        with open_dict(config):
+            for key in ("bpe", "tokenizer"):
+                options = source.get(key)
+                config[key] = {k: _located(v, folder) for k, v in options.items()} if options else None
+        yield config
+
+
+def _located(value: Any, folder: str) -> Any:
+    is_asset = isinstance(value, str) and value.startswith(manifest.ASSET)
+    return str(Path(folder) / value[len(manifest.ASSET) :]) if is_asset else value

@@ -1,0 +1,47 @@
+"""Packaging. `run_scripts/setup.sh` installs torch, fairseq and then this, in the order that works."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "cli": ["rich>=13"],
+    "plot": ["matplotlib>=3.7"],
+    "tensorboard": ["tensorboardX>=2.5"],
+    "hf": ["transformers>=4.40", "tokenizers>=0.19"],
+}
+EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
+EXTRAS["test"] = EXTRAS["all"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+
+setup(
+    name="fairseq-qn",
+    version="0.1.0",
+    description="Quant-Noise and iterative product quantisation for fairseq, down to one small file that answers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    author="fairseq_qn authors",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["fairseq_qn", "fairseq_qn.*"]),
+              "fairseq_qn.configs", "hydra_plugins", "hydra_plugins.fairseq_qn"],
+    # configs/ stays at the top of the tree and is installed inside the package; `fairseq_qn.config_dir` finds either.
+    # Hydra looks for plugins in the namespace package hydra_plugins, whose own folder must hold no __init__.py.
+    package_dir={"fairseq_qn.configs": "configs", "hydra_plugins": "fairseq_qn/hydra_plugins"},
+    package_data={"fairseq_qn.configs": ["*.md", "*.yaml", "**/*.yaml"]},
+    install_requires=[
+        "torch>=2.1",
+        # fairseq 0.12.2 does not import on Python 3.11, nor with numpy 1.24; fairseq-fixed is its code for 3.11 on
+        'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
+        'fairseq==0.12.2; python_version < "3.11"',
+        'numpy>=1.21; python_version >= "3.11"',
+        'numpy>=1.21,<1.24; python_version < "3.11"',
+        "omegaconf>=2.0.6",
+        "hydra-core>=1.0.7",
+        "sentencepiece>=0.1.99",
+        "safetensors>=0.4",
+        "PyYAML>=5.4",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fairseq-qn = fairseq_qn.cli:main"]},
+    zip_safe=False,
+)

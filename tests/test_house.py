@@ -1,0 +1,117 @@
+"""The tree as drawn: what lies at the top, what no tracked file may name, what the mathematics says of itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP = {"fairseq_qn", "configs", "run_scripts", "tests", "setup.py", "README.md", "LICENSE"}
+TEXT = {".py", ".sh", ".yaml", ".yml", ".md", ".txt", ".toml", ".ini", ".json", ""}
+DATA = "run_scripts/data/"  # shipped corpora: other people's words
+# Written in two parts, so that this file does not hold what it forbids.
+FORBIDDEN = {
+    "a package registry's host": r"pypi\.o" r"rg|pythonho" r"sted|files\.pyth" r"on|download\.pyt" r"orch"
+    r"|npm" r"js\.(org|com)|anaconda\.o" r"rg|deb\.deb" r"ian",
+    "a path of one machine": r"(?<![\w.$}])/"
+    r"(work/(main|shared|\.)|ro" r"ot/|ho" r"me/\w|opt/(wheels|pypi)|tmp/w\b|Us" r"ers/)",
+    "what lies outside the tree": r"(?<!\.\./)\bsha" r"red/(?!data)|(?i:\b(DESIGN|FAIRSEQ|UPSTREAM|STYLE|FACTS)\.md)",
+}
+
+
+def tracked() -> list[str]:
+    """Paths of the files under version control; of all files where there is no repository."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return [path for path in listed.split("\0") if path and (ROOT / path).is_file()]
+    return [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and ".venv" not in p.parts]
+
+
+def offences(text: str) -> list[str]:
+    """What a text names that no tracked file may, as `line: what (the words)`."""
+    return [
+        f"{number}: {what} ({match.group()})"
+        for number, line in enumerate(text.splitlines(), 1)
+        for what, pattern in FORBIDDEN.items()
+        for match in re.finditer(pattern, line)
+    ]
+
+
+def undocumented(text: str) -> list[str]:
+    """Public functions of a source, methods of public classes included, that lack a docstring or an annotation."""
+    found = []
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                visit(node.body, f"{node.name}.")
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            spec = node.args
+            args = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, [spec.vararg, spec.kwarg])]
+            bare = [a.arg for a in args if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
+            lacks = [f"annotation of {a}" for a in bare] + ["return annotation"] * (node.returns is None)
+            # forward and backward of an autograd Function are described by the class
+            if ast.get_docstring(node) is None and not (prefix and node.name in ("forward", "backward")):
+                lacks.append("docstring")
+            found.extend(f"{prefix}{node.name}: no {what}" for what in lacks)
+
+    visit(ast.parse(text).body, "")
+    return found
+
+
+def test_top_level_is_as_drawn() -> None:
+    top = {path.split("/")[0] for path in tracked()}
+    assert {name for name in top if not name.startswith(".")} <= TOP
+
+
+def test_no_tracked_file_names_a_registry_or_a_machine() -> None:
+    texts = [p for p in tracked() if Path(p).suffix in TEXT and not p.startswith(DATA)]
+    assert len(texts) > 20
+    assert [f"{p}:{o}" for p in texts for o in offences((ROOT / p).read_text("utf-8"))] == []
+
+
+def test_public_functions_of_quant_are_annotated_and_described() -> None:
+    sources = sorted((ROOT / "fairseq_qn" / "quant").glob("*.py"))
+    assert len(sources) > 4
+    assert [f"{p.name}: {what}" for p in sources for what in undocumented(p.read_text("utf-8"))] == []
+
+
+def test_long_files_are_listed() -> None:
+    """A file over 300 lines is worth a look, not a failure."""
+    lines = {p: len((ROOT / p).read_text("utf-8").splitlines()) for p in tracked() if p.endswith(".py")}
+    assert lines
+    if long := {path: n for path, n in lines.items() if n > 300}:
+        warnings.warn(f"over 300 lines: {long}", stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["see py" "pi.org/simple", "cd /wo" "rk/main", "open('/ro" "ot/x')", "read sha" "red/notes", "see DES" "IGN.md"],
+)
+def test_an_offence_is_seen(text: str) -> None:
+    assert len(offences(f"first line\n{text}\n")) == 1
+
+
+@pytest.mark.parametrize("text", ["../shared/data", "$HOME/root/x", "cats/work/main", "a shared weight", "https://github.com/x"])
+def test_an_innocent_line_passes(text: str) -> None:
+    assert offences(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("def f(x: int) -> int:\n    return x", 1),
+        ("def f(x) -> int:\n    'doc'", 1),
+        ("def f(*xs, **ks):\n    'doc'", 3),
+        ("class A:\n    def f(self):\n        'doc'", 1),
+        ("class A:\n    def f(self) -> None:\n        'doc'\ndef _g(x): pass", 0),
+    ],
+)
+def test_undocumented_functions_are_seen(text: str, lacks: int) -> None:
+    assert len(undocumented(text)) == lacks

@@ -6,6 +6,7 @@ any `nn.Module` without it.
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 from fairseq_qn.api import apply, figures, freeze, inspect, load, predict_size, refresh, save, set_update
@@ -15,8 +16,12 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
 if find_spec("fairseq") is not None:
-    # fairseq imports tasks/ and models/ of a --user-dir by itself, but not criterions/, and nothing if the package is imported already.
-    from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
-    from fairseq_qn.tasks import checkpoint_classes
-
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)  # fairseq's import talks about optional extras of other tasks
+    try:
+        # Of a --user-dir fairseq imports tasks/ and models/ by itself, but not criterions/, and nothing if it is imported already.
+        from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
+        from fairseq_qn.tasks import checkpoint_classes
+    finally:
+        logging.disable(disabled)
     checkpoint_classes.allow()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +13,24 @@ from torch import Tensor, nn
 
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
+from fairseq_qn.modules import export
 from fairseq_qn.modules.clock import Clock, Tick
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_views
-from fairseq_qn.modules.match import Coverage, match, owners_of
+from fairseq_qn.modules.match import Coverage, match
 from fairseq_qn.modules.view import CODED, FROZEN, WeightView, install, views_of
-from fairseq_qn.quant import integer, product
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
 __all__ = ["apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
-PRODUCER = "fairseq_qn 0.1.0"
-Source = Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
 Builder = Callable[[dict[str, Any], dict[str, bytes]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}
 
 
-def apply(model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path, *, seed: int = 0, strict: bool = True) -> Coverage:
+def apply(
+    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path, *, seed: int = 0, strict: bool = True
+) -> Coverage:
     """Install weight views on the layers that the recipe names, in place.
 
     Applying the same recipe again covers layers that the model has gained since. Nothing changes if an error is raised:
@@ -64,7 +66,9 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     return model.__dict__.get("_qn_recipe")
 
 
-def freeze(model: nn.Module, stage: str | None = None, *, iterations: int = 20, progress: Progress | None = None) -> list[LayerReport]:
+def freeze(
+    model: nn.Module, stage: str | None = None, *, iterations: int = 20, progress: Progress | None = None
+) -> list[LayerReport]:
     """Quantise the layers of one stage, or all that are left, and keep training or evaluate them quantised.
 
     The dense Parameters stay; product codes are fixed and codebooks follow the Parameters. Returns a report per layer.
@@ -93,7 +97,9 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
     for clock in {id(view.clock): view.clock for view in views}.values():
         clock.pin(n, micro)
     exact = [view for view in views if view.needs_codes and view.phase != FROZEN]
-    due = [v for v in exact if v.phase != CODED or (micro == 0 and v.noise.refresh != "epoch" and n % v.noise.refresh == 0)]
+    due = [
+        v for v in exact if v.phase != CODED or (micro == 0 and v.noise.refresh != "epoch" and n % v.noise.refresh == 0)
+    ]
     refresh_views(due)
 
 
@@ -106,26 +112,20 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     source: how to rebuild the model; a qn_ model of fairseq knows by itself.
     Raises UnsupportedError (not frozen, unknown module in `drop`), OSError; the old file survives any of them.
     """
-    plan, encode = _plan(model, parts, drop, dict(assets or {}), source)
+    plan = export.plan(model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source)
     waiting = sorted({view.rule.stage for view in views_of(model) if view.phase != FROZEN})
     if waiting:
         raise UnsupportedError(f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first")
-    tensors = encode()
-    container.write(path, tensors, plan)
+    container.write(path, plan.encode(), plan.manifest)
     return SizeReport.of(path, container.read_manifest(path))
 
 
-def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str] = (), assets: Mapping[str, bytes] | None = None,
-                 source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
+def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str] = (),
+                 assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
     """Bytes that `save` will write, from shapes alone; frozen or not."""
-    plan, _ = _plan(model, parts, drop, dict(assets or {}), source)
-    dtype = codec.FLOATS[parts]
-    specs = {f"{n}/{part}": spec for n, entry in plan["layers"].items() for part, spec in codec.layout(entry, dtype).items()}
-    for name, tensor in _dense_tensors(model, plan).items():
-        specs[name] = (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-    files = _all_assets(model, assets, source)[1]
-    specs |= {manifest.ASSET + name: (torch.uint8, (len(manifest.asset_tensor(data)),)) for name, data in files.items()}
-    return container.predict_bytes(specs, plan)
+    return export.plan(
+        model, _applied(model, "predict_size"), parts=parts, drop=drop, assets=assets, source=source
+    ).size()
 
 
 def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None) -> nn.Module:
@@ -135,18 +135,46 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None) 
     model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place.
     Raises FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError, OSError.
     """
-    if mode not in ("dense", "packed"):
-        raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
+    return read(path).load(mode, model)
+
+
+@dataclass(frozen=True)
+class File:
+    """A small file in memory, checked: what `load` builds a model from, and the hub its interface."""
+
+    path: Path
+    plan: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @cached_property
+    def assets(self) -> dict[str, bytes]:
+        """The files that travel inside, by name."""
+        return manifest.read_assets(self.plan, self.tensors, str(self.path))
+
+    def load(self, mode: str = "dense", model: nn.Module | None = None) -> nn.Module:
+        """The model, in eval mode; see `load`."""
+        if mode not in ("dense", "packed"):
+            raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
+        plan, tensors = self.plan, self.tensors
+        dense = {
+            name: codec.widened(tensors[name], plan["exponents"].get(name, 0)) for name in manifest.dense_names(plan)
+        }
+        layers = {name: _decode(name, entry, tensors) for name, entry in plan["layers"].items()}
+        if model is None:
+            model = _build(plan, self.assets, self.path)
+        shapes = {name: tuple(t.shape) for name, t in dense.items()} | {
+            name: tuple(w.shape) for name, w in layers.items()
+        }
+        check_fits(model, shapes, plan["ties"], plan["dropped"])
+        fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
+        return model.eval()
+
+
+def read(path: str | Path) -> File:
+    """Read and check a small file. Raises FormatError, OSError."""
     tensors, plan = container.read(path)
     manifest.check(plan, str(path))
-    dense = {name: codec.widened(tensors[name], plan["exponents"].get(name, 0)) for name in manifest.dense_names(plan)}
-    layers = {name: _decode(name, entry, tensors) for name, entry in plan["layers"].items()}
-    if model is None:
-        model = _build(plan, manifest.read_assets(plan, tensors, str(path)), path)
-    shapes = {name: tuple(t.shape) for name, t in dense.items()} | {name: tuple(w.shape) for name, w in layers.items()}
-    check_fits(model, shapes, plan["ties"], plan["dropped"])
-    fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
-    return model.eval()
+    return File(Path(path), plan, tensors)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -162,87 +190,18 @@ def register_builder(kind: str, builder: Builder) -> None:
 
 
 def figures(model: nn.Module) -> dict[str, float]:
-    """For logs: share of the quantisable weights that is frozen, predicted MB (10^6 bytes), mean distortion of each frozen stage."""
+    """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion of each frozen stage."""
     views = list(views_of(model))
     frozen = [view for view in views if view.phase == FROZEN]
     total = sum(view.weight.numel() for view in views)
-    result = {"frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total), "predicted_mb": predict_size(model) / 1e6}
+    result = {
+        "frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total),
+        "predicted_mb": predict_size(model) / 1e6,
+    }
     for stage in dict.fromkeys(view.rule.stage for view in frozen):
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)
     return result
-
-
-def _plan(model: nn.Module, parts: str, drop: Sequence[str], assets: dict[str, bytes],
-          source: Mapping[str, Any] | None) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:  # fmt: skip
-    """The manifest that a model will have, and a function that encodes its tensors (and completes the manifest's exponents)."""
-    recipe = _applied(model, "save")
-    if parts not in codec.FLOATS:
-        raise UnsupportedError(f"save: parts: expected one of {list(codec.FLOATS)}, found {parts!r}")
-    for name in drop:
-        if name not in dict(model.named_modules()):
-            raise UnsupportedError(f"save: drop: the model has no module {name!r}")
-    views = {id(view.weight): view for view in views_of(model)}
-    layers, ties, by_name = {}, [], {}
-    for owners in owners_of(model):
-        keys = [o.key for o in owners if not any(o.key.startswith(f"{name}.") for name in drop)]
-        view = views.get(id(owners[0].module._parameters[owners[0].attribute]))
-        if view is not None and keys:
-            keys.sort(key=lambda key: key != view.name)
-            layers[keys[0]], by_name[keys[0]] = _entry(view), view
-        if len(keys) > 1:
-            ties.append(keys)
-    source, files = _all_assets(model, assets, source)
-    plan = {
-        "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts, "layers": layers,
-        "exponents": {}, "ties": ties, "dropped": list(drop), "source": source,
-        "assets": {name: {"bytes": len(data)} for name, data in files.items()},
-    }  # fmt: skip
-
-    def encode() -> dict[str, Tensor]:
-        dtype, tensors = codec.FLOATS[parts], {}
-        for name, view in by_name.items():
-            tensors |= {f"{name}/{part}": tensor for part, tensor in _encode(view, layers[name], dtype).items()}
-        for name, tensor in _dense_tensors(model, plan).items():
-            tensors[name], exponent = codec.narrowed(tensor.detach(), dtype)
-            plan["exponents"] |= {name: exponent} if exponent else {}
-        return tensors | {manifest.ASSET + name: manifest.asset_tensor(data) for name, data in files.items()}
-
-    return plan, encode
-
-
-def _all_assets(model: nn.Module, assets: Mapping[str, bytes] | None, source: Mapping[str, Any] | None) -> tuple[Any, dict[str, bytes]]:
-    """(source, files) as given, and what the model itself says of how to rebuild it."""
-    describe: Source | None = getattr(model, "qn_describe", None)
-    if describe is None:
-        return (dict(source) if source else None), dict(assets or {})
-    own, files = describe()
-    return {**own, **(source or {})}, {**files, **(assets or {})}
-
-
-def _dense_tensors(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the state dict that is neither quantised, nor a view's buffer, nor a tie's second name, nor dropped."""
-    skip = set(plan["layers"]) | {other for _, *others in plan["ties"] for other in others}
-    for view in views_of(model):
-        stem = view.name[: len(view.name) - len(view.attribute)]
-        skip |= {stem + name for name in view.buffer_names}
-    state = model.state_dict(keep_vars=True)
-    dropped = tuple(f"{name}." for name in plan["dropped"])
-    return {name: tensor for name, tensor in state.items() if name not in skip and not name.startswith(dropped)}
-
-
-def _entry(view: WeightView) -> dict[str, Any]:
-    rule, shape = view.rule, view.weight.shape
-    if rule.scheme == "product":
-        return codec.product_entry(shape, rule.block_size, view.n_centroids, view.padding_idx)
-    return codec.integer_entry(shape, rule.bits, rule.granularity, rule.group_size)
-
-
-def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    weight, rule = view.weight.detach(), view.rule
-    if rule.scheme == "product":
-        return codec.encode_product(entry, view.codes, product.codebook_of(weight, view.groups, rule.block_size).float(), dtype)
-    return codec.encode_integer(entry, integer.quantize(weight, rule.bits, rule.granularity, rule.group_size, view.name))
 
 
 def _decode(name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
@@ -256,9 +215,13 @@ def _decode(name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
 def _build(plan: Mapping[str, Any], assets: dict[str, bytes], path: str | Path) -> nn.Module:
     kind = plan["source"].get("builder") if plan["source"] else None
     if kind is None:
-        raise UnsupportedError(f"{path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)")
+        raise UnsupportedError(
+            f"{path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)"
+        )
     if kind not in _BUILDERS:
-        raise FormatError(f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {kind!r}; is fairseq installed?")
+        raise FormatError(
+            f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {kind!r}; is fairseq installed?"
+        )
     return _BUILDERS[kind](plan["source"], assets)
 
 

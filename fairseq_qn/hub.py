@@ -1,9 +1,9 @@
-"""fairseq's hub interfaces from the small file alone: no data directory, no pickle. Importing this teaches `load` to rebuild."""
+"""fairseq's hub interfaces from the small file alone: no data directory, no pickle. Importing this teaches `load` to build."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,21 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_qn import api
-from fairseq_qn.artifact import container, manifest
+from fairseq_qn.artifact import manifest
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.models.describe import build_model, build_task
+from fairseq_qn.models.quantised import QuantisedModel
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
 
-__all__ = ["QNRobertaModel", "QNTransformerLanguageModel", "QNTransformerModel", "load_any", "load_checkpoint", "load_interface"]
+__all__ = [
+    "QNRobertaModel",
+    "QNTransformerLanguageModel",
+    "QNTransformerModel",
+    "load_any",
+    "load_checkpoint",
+    "load_interface",
+]
 
 SUFFIX = ".qn.safetensors"
 
@@ -32,9 +40,23 @@ class QNRobertaHub(RobertaHubInterface):
 
     def encode(self, sentence: str, *addl_sentences: str, no_separator: bool = False) -> Tensor:
         """Token ids [length] of a sentence or of several. Raises UnsupportedError if the file carries no BPE model."""
-        if self.bpe is None:
-            raise UnsupportedError("encode: the file carries no BPE model; save it with one (compress --bpe ... --bpe-files ...)")
+        self._need_bpe("encode")
         return super().encode(sentence, *addl_sentences, no_separator=no_separator)
+
+    @torch.inference_mode()
+    def fill_mask(self, masked_input: str, topk: int = 5) -> list[tuple[str, float, str]]:
+        """[(sentence, probability, token)] for the one <mask>, the likeliest first. Raises UnsupportedError."""
+        self._need_bpe("fill_mask")
+        if masked_input.count("<mask>") != 1:
+            found = masked_input.count("<mask>")
+            raise UnsupportedError(f"fill_mask: expected one <mask> in the sentence, found {found}")
+        return super().fill_mask(masked_input, topk)
+
+    def _need_bpe(self, verb: str) -> None:
+        if self.bpe is None:
+            raise UnsupportedError(
+                f"{verb}: the file carries no BPE model; save it with one (compress --bpe NAME --bpe-files FILE)"
+            )
 
     @property
     def labels(self) -> list[str]:
@@ -56,23 +78,29 @@ class QNRobertaHub(RobertaHubInterface):
 
 def load_interface(path: str | Path, mode: str = "dense") -> Any:
     """The interface that fits the file's model: QNRobertaHub, or fairseq's generator interface."""
-    path = find_file(path)
-    model = api.load(path, mode)
-    plan = api.inspect(path)
-    with _bpe_config(plan, path) as config:
+    file = api.read(find_file(path))
+    model = file.load(mode)
+    if not isinstance(model, QuantisedModel):
+        raise UnsupportedError(f"{path}: not a model of fairseq's; load it with fairseq_qn.load(path, model=...)")
+    task = build_task(file.plan["source"], file.assets)
+    with _bpe_config(file) as config:
         if isinstance(model, QNRobertaModel):
-            return QNRobertaHub(config, model.qn_task, model).eval()
-        return hub_utils.GeneratorHubInterface(config, model.qn_task, [model]).eval()
+            return QNRobertaHub(config, task, model).eval()
+        return hub_utils.GeneratorHubInterface(config, task, [model]).eval()
 
 
-def roberta_from_pretrained(cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any) -> Any:
+def roberta_from_pretrained(
+    cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any
+) -> Any:
     """from_pretrained of qn_roberta: a small file, a folder that holds one, or what fairseq takes."""
     if is_small(path):
         return load_interface(path, mode)
     return super(QNRobertaModel, cls).from_pretrained(str(path), checkpoint_file, **kwargs)
 
 
-def generator_from_pretrained(cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any) -> Any:
+def generator_from_pretrained(
+    cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any
+) -> Any:
     """from_pretrained of qn_transformer and qn_transformer_lm, likewise."""
     if is_small(path):
         return load_interface(path, mode)
@@ -103,7 +131,9 @@ def load_any(path: str | Path, data: str | None = None) -> nn.Module:
     return api.load(find_file(path)) if is_small(path) else load_checkpoint(path, data)[0]
 
 
-def load_checkpoint(path: str | Path, data: str | None = None, recipe: str | None = None, heads: bool = True) -> tuple[nn.Module, Any, Any]:
+def load_checkpoint(
+    path: str | Path, data: str | None = None, recipe: str | None = None, heads: bool = True
+) -> tuple[nn.Module, Any, Any]:
     """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
 
     recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
@@ -115,7 +145,9 @@ def load_checkpoint(path: str | Path, data: str | None = None, recipe: str | Non
         overrides = {"data": data} if data else {}
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
     except Exception as error:  # torch.load raises many kinds
-        raise FormatError(f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise FormatError(
+            f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}"
+        ) from error
     if state.get("cfg") is None and state.get("args") is not None:
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -135,7 +167,9 @@ def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path
     arch = getattr(model, "_name", None) or getattr(model, "arch", None)
     if not arch.startswith("qn_"):
         if f"qn_{arch}" not in ARCH_MODEL_REGISTRY:
-            raise UnsupportedError(f"{path}: architecture {arch!r} has no qn_ kind; expected RoBERTa, transformer or transformer_lm")
+            raise UnsupportedError(
+                f"{path}: architecture {arch!r} has no qn_ kind; expected RoBERTa, transformer or transformer_lm"
+            )
         for key in ("_name", "arch"):
             if getattr(model, key, None):
                 setattr(model, key, f"qn_{getattr(model, key)}")
@@ -152,28 +186,23 @@ def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path
 
 def _build(source: dict[str, Any], assets: dict[str, bytes]) -> nn.Module:
     try:
-        task = build_task(source, assets)
-        model = build_model(source, task)
+        return build_model(source, build_task(source, assets))
     except (KeyError, AttributeError, TypeError, AssertionError) as error:
         raise FormatError(f"source: does not describe a model: {type(error).__name__}: {error}") from error
-    model.__dict__["qn_task"] = task
-    return model
 
 
 api.register_builder("fairseq", _build)
 
 
 @contextmanager
-def _bpe_config(plan: Mapping[str, Any], path: Path) -> Iterator[Any]:
+def _bpe_config(file: api.File) -> Iterator[Any]:
     """fairseq's configuration with the BPE and tokenizer of the file, whose model files lie in a folder for the moment."""
-    tensors, _ = container.read(path)
-    assets = manifest.read_assets(plan, tensors, str(path))
-    source = plan["source"]
+    source = file.plan["source"]
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in assets.items():
+        for name, data in file.assets.items():
             target = Path(folder) / name
             if not target.resolve().is_relative_to(Path(folder).resolve()):
-                raise FormatError(f"{path}: asset {name!r}: leads out of the file's folder")
+                raise FormatError(f"{file.path}: asset {name!r}: leads out of the file's folder")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         config = OmegaConf.structured(FairseqConfig)
@@ -187,3 +216,38 @@ def _bpe_config(plan: Mapping[str, Any], path: Path) -> Iterator[Any]:
 def _located(value: Any, folder: str) -> Any:
     is_asset = isinstance(value, str) and value.startswith(manifest.ASSET)
     return str(Path(folder) / value[len(manifest.ASSET) :]) if is_asset else value
+
+
+# option of each of fairseq's BPEs -> the ending of its file
+BPE_FILES = {
+    "sentencepiece": {"sentencepiece_model": ".model"},
+    "gpt2": {"gpt2_encoder_json": ".json", "gpt2_vocab_bpe": (".bpe", ".txt")},
+    "qn_wordpiece": {"wordpiece_vocab": ".txt"},
+    "fastbpe": {"bpe_codes": ""},
+    "subword_nmt": {"bpe_codes": ""},
+}
+
+
+def carry_bpe(
+    name: str, files: Sequence[str | Path], options: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(source, assets) for `save`, so that a BPE and its model files travel inside the file.
+
+    files are told apart by their endings. Raises UnsupportedError for a BPE that is not known here or a file too few or many.
+    """
+    if name not in BPE_FILES:
+        raise UnsupportedError(f"--bpe: expected one of {sorted(BPE_FILES)}, found {name!r}")
+    config: dict[str, Any] = {"_name": name, **(options or {})}
+    assets, left = {}, [Path(file) for file in files]
+    for option, ending in BPE_FILES[name].items():
+        found = [file for file in left if file.name.endswith(ending)]
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"--bpe {name}: expected one file for {option} (*{ending}), found {[str(f) for f in found]}"
+            )
+        left.remove(found[0])
+        assets[found[0].name] = found[0].read_bytes()
+        config[option] = manifest.ASSET + found[0].name
+    if left:
+        raise UnsupportedError(f"--bpe {name}: takes no file {str(left[0])!r}")
+    return {"bpe": config}, assets

@@ -57,7 +57,9 @@ class Rule:
     group_size: int = 64
     noise: Noise | None = None  # None: the recipe's
     module: str | None = None  # only layers of this type
-    where: Mapping[str, Any] = field(default_factory=dict, hash=False)  # only layers with these attributes, e.g. in_features: 512
+    where: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # only layers with these attributes, e.g. in_features: 512
     optional: bool = False  # may match nothing
 
     def takes(self, names: list[str], module: object) -> bool:
@@ -207,12 +209,19 @@ def _rule(data: Any, where: str) -> Rule:
     values = {**data, "layers": _pattern(data["layers"], f"{where}.layers"), "stage": str(data.get("stage", "all"))}
     if data.get("noise") is not None:
         values["noise"] = _noise(data["noise"], f"{where}.noise")
-    for key, low, high in (("block_size", 1, 4096), ("n_centroids", 2, MAX_CENTROIDS), ("bits", 2, 8), ("group_size", 1, 65536)):
+    for key, low, high in (
+        ("block_size", 1, 4096),
+        ("n_centroids", 2, MAX_CENTROIDS),
+        ("bits", 2, 8),
+        ("group_size", 1, 65536),
+    ):
         value = values.get(key, low)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise RecipeError(f"{where}.{key}: expected a whole number from {low} to {high}, found {value!r}")
     if values.get("granularity", "tensor") not in GRANULARITIES:
-        raise RecipeError(f"{where}.granularity: expected one of {list(GRANULARITIES)}, found {values['granularity']!r}")
+        raise RecipeError(
+            f"{where}.granularity: expected one of {list(GRANULARITIES)}, found {values['granularity']!r}"
+        )
     if values.get("module") not in (None, *MODULE_TYPES):
         raise RecipeError(f"{where}.module: expected one of {list(MODULE_TYPES)}, found {values['module']!r}")
     return Rule(**values)

@@ -31,7 +31,11 @@ class SizeReport:
         parts = {"codes": 0, "codebooks": 0, "dense": 0, "assets": 0}
         layers: dict[str, int] = {}
         dense_bytes = 0
-        owner = {f"{name}/{part}": name for name in manifest["layers"] for part in ("codes", "codebook", "levels", "scale", "zero")}
+        owner = {
+            f"{name}/{part}": name
+            for name in manifest["layers"]
+            for part in ("codes", "codebook", "levels", "scale", "zero")
+        }
         for name, record in manifest["tensors"].items():
             size = prod(record["shape"]) * _BYTES[record["dtype"]]
             if name in owner:
@@ -42,7 +46,9 @@ class SizeReport:
             else:
                 parts["dense"] += size
                 layers[name] = size
-                dense_bytes += prod(record["shape"]) * (4 if record["dtype"] in ("F16", "F32") else _BYTES[record["dtype"]])
+                dense_bytes += prod(record["shape"]) * (
+                    4 if record["dtype"] in ("F16", "F32") else _BYTES[record["dtype"]]
+                )
         dense_bytes += sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
         parts["header"] = total - sum(parts.values())
         return cls(total, parts, layers, dense_bytes)
@@ -73,7 +79,11 @@ def table(rows: Sequence[Sequence[object]], heads: Sequence[str], width: int = 8
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(heads) - 1)))
     lines = []
     for row in [list(heads), ["-" * w for w in widths], *cells]:
-        first = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] // 2 - 1] + ".." + row[0][-(widths[0] - widths[0] // 2 - 1) :]
+        first = (
+            row[0]
+            if len(row[0]) <= widths[0]
+            else row[0][: widths[0] // 2 - 1] + ".." + row[0][-(widths[0] - widths[0] // 2 - 1) :]
+        )
         rest = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *rest]).rstrip())
     return "\n".join(lines)

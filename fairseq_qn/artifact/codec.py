@@ -39,7 +39,13 @@ def product_entry(shape: Sequence[int], block_size: int, n_centroids: int, paddi
 
 def integer_entry(shape: Sequence[int], bits: int, granularity: str, group_size: int) -> Entry:
     """The manifest's record of an integer-quantised weight."""
-    return {"scheme": "integer", "shape": list(shape), "bits": bits, "granularity": granularity, "group_size": group_size}
+    return {
+        "scheme": "integer",
+        "shape": list(shape),
+        "bits": bits,
+        "granularity": granularity,
+        "group_size": group_size,
+    }
 
 
 def layout(entry: Entry, dtype: torch.dtype) -> Specs:

@@ -1,15 +1,15 @@
 """The manifest: what is in the file, as plain data, and the strict check of it on the way in.
 
-    version     of the format, 1
-    producer    who wrote it
-    recipe      the recipe, as Recipe.to_dict
-    parts       dtype of the floating-point parts
-    layers      name -> codec entry of each quantised weight
-    exponents   name -> exponent of those dense tensors that have one
-    ties        [[name, other owner, ...], ...]; the weight is stored under the first
-    dropped     modules that were left out
-    assets      name -> {bytes}: files that travel inside, each a zlib-compressed uint8 tensor `asset:<name>`
-    source      how to rebuild the model ({"builder": ...}), or null
+version     of the format, 1
+producer    who wrote it
+recipe      the recipe, as Recipe.to_dict
+parts       dtype of the floating-point parts
+layers      name -> codec entry of each quantised weight
+exponents   name -> exponent of those dense tensors that have one
+ties        [[name, other owner, ...], ...]; the weight is stored under the first
+dropped     modules that were left out
+assets      name -> {bytes}: files that travel inside, each a zlib-compressed uint8 tensor `asset:<name>`
+source      how to rebuild the model ({"builder": ...}), or null
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
         )
     for key, kind in _FIELDS.items():
         if not isinstance(manifest.get(key), kind) or isinstance(manifest.get(key), bool):
-            raise FormatError(f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again")
+            raise FormatError(
+                f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again"
+            )
     if manifest["parts"] not in codec.FLOATS:
         raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {manifest['parts']!r}")
     for name, exponent in manifest["exponents"].items():
@@ -67,21 +69,27 @@ def read_assets(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path
     for name, entry in manifest["assets"].items():
         size = entry.get("bytes") if isinstance(entry, dict) else None
         if type(size) is not int or not 0 <= size <= MAX_ASSET_BYTES or ASSET + name not in tensors:
-            raise FormatError(f"{path}: asset {name!r}: no such tensor, or no sensible size; the file is damaged, fetch it again")
+            raise FormatError(
+                f"{path}: asset {name!r}: no such tensor, or no sensible size; the file is damaged, fetch it again"
+            )
         unpacker = zlib.decompressobj()
         try:
             data = unpacker.decompress(tensors[ASSET + name].numpy().tobytes(), size + 1)
         except zlib.error as error:
             raise FormatError(f"{path}: asset {name!r}: cannot be unpacked: {error}") from None
         if len(data) != size:
-            raise FormatError(f"{path}: asset {name!r}: expected {size} bytes, found {len(data)}{'+' if len(data) > size else ''}")
+            raise FormatError(
+                f"{path}: asset {name!r}: expected {size} bytes, found {len(data)}{'+' if len(data) > size else ''}"
+            )
         assets[name] = data
     return assets
 
 
 def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that are stored as they are."""
-    parts = {f"{name}/{part}" for name, entry in manifest["layers"].items() for part in codec.layout(entry, torch.float32)}
+    parts = {
+        f"{name}/{part}" for name, entry in manifest["layers"].items() for part in codec.layout(entry, torch.float32)
+    }
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
 
@@ -98,7 +106,9 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
         bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
     else:
         raise FormatError(damaged.format(f"unknown scheme {entry.get('scheme')!r}"))
-    if not legal or any(type(entry.get(k)) is not int or not low <= entry[k] <= high for k, (low, high) in bounds.items()):
+    if not legal or any(
+        type(entry.get(k)) is not int or not low <= entry[k] <= high for k, (low, high) in bounds.items()
+    ):
         raise FormatError(damaged.format("a field is missing or out of range"))
     try:
         if entry["scheme"] == "product":

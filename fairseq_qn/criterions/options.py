@@ -23,9 +23,13 @@ def with_wrapped_options(config: type[FairseqDataclass]) -> type[FairseqDataclas
                 found.setdefault(f.name, (f.type, f))
     own = {f.name for f in fields(config)}
     extra = [
-        (name, kind, field(default=f.default, metadata=dict(f.metadata))) for name, (kind, f) in found.items() if name not in own
+        (name, kind, field(default=f.default, metadata=dict(f.metadata)))
+        for name, (kind, f) in found.items()
+        if name not in own
     ]
-    return make_dataclass(config.__name__, extra, bases=(config,), namespace={"__doc__": config.__doc__, "__module__": config.__module__})
+    return make_dataclass(
+        config.__name__, extra, bases=(config,), namespace={"__doc__": config.__doc__, "__module__": config.__module__}
+    )
 
 
 def options_of(dataclass: type[FairseqDataclass], config: Any, union: type[FairseqDataclass]) -> FairseqDataclass:

@@ -20,9 +20,12 @@ from fairseq_qn.errors import MismatchError, UnsupportedError
 class QuantizationAwareConfig(FairseqDataclass):
     """Options of the wrapper; those of the wrapped criterion are given under their own names."""
 
-    wrapped_criterion: str = field(default="cross_entropy", metadata={"help": "the criterion that gives the task's loss"})
+    wrapped_criterion: str = field(
+        default="cross_entropy", metadata={"help": "the criterion that gives the task's loss"}
+    )
     teacher_checkpoint: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint or small file of a teacher to distil from; neither trained nor saved"}
+        default=None,
+        metadata={"help": "checkpoint or small file of a teacher to distil from; neither trained nor saved"},
     )
     distill_weight: float = field(default=0.5, metadata={"help": "loss = (1 - weight) * task + weight * distillation"})
     distill_temperature: float = field(default=1.0, metadata={"help": "softmax temperature of the distillation"})
@@ -48,7 +51,7 @@ class _Recorder:
 
 @register_criterion("quantization_aware", dataclass=QuantizationAwareConfig)
 class QuantizationAwareCriterion(FairseqCriterion):
-    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as the wrapped criterion sums (Hinton et al. 2015)."""
+    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as `wrapped` sums (Hinton et al. 2015)."""
 
     wrapped_class: type[FairseqCriterion] = FairseqCriterion
 
@@ -70,14 +73,18 @@ class QuantizationAwareCriterion(FairseqCriterion):
         name = cfg.wrapped_criterion
         if name not in CRITERION_REGISTRY or name == "quantization_aware":
             known = ", ".join(sorted(CRITERION_REGISTRY))
-            raise UnsupportedError(f"--wrapped-criterion: expected a registered criterion, found {name!r}; known: {known}")
+            raise UnsupportedError(
+                f"--wrapped-criterion: expected a registered criterion, found {name!r}; known: {known}"
+            )
         wrapped_class, config = CRITERION_REGISTRY[name], cfg
         if name in CRITERION_DATACLASS_REGISTRY:
             config = options_of(CRITERION_DATACLASS_REGISTRY[name], cfg, QuantizationAwareConfig)
         own = type(f"QuantizationAware{wrapped_class.__name__}", (cls,), {"wrapped_class": wrapped_class})
         return own(cfg, task, wrapped_class.build_criterion(config, task))
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+    def forward(
+        self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
         """(loss, sample size, logging output), as fairseq asks."""
         recorder = _Recorder(model)
         loss, sample_size, logging = self.wrapped(recorder, sample, reduce)
@@ -115,7 +122,9 @@ class QuantizationAwareCriterion(FairseqCriterion):
         """The wrapped criterion's metrics, then ours: means over the batches."""
         cls.wrapped_class.reduce_metrics(logging_outputs)
         n = sum(log.get("qn_n", 0) for log in logging_outputs)
-        for key in sorted({key for log in logging_outputs for key in log if key.startswith("qn_")} - {"qn_n", "qn_distill_loss"}):
+        for key in sorted(
+            {key for log in logging_outputs for key in log if key.startswith("qn_")} - {"qn_n", "qn_distill_loss"}
+        ):
             metrics.log_scalar(key, sum(float(log.get(key, 0)) for log in logging_outputs) / n, weight=0, round=4)
         size = sum(float(log.get("sample_size", 0)) for log in logging_outputs)
         if size and any("qn_distill_loss" in log for log in logging_outputs):
@@ -129,7 +138,7 @@ class QuantizationAwareCriterion(FairseqCriterion):
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float, padding: Tensor | None = None) -> Tensor:
-    """T^2 * sum of KL(softmax(teacher / T) || softmax(student / T)) over all rows but padding; logits [..., classes], in nats."""
+    """T^2 * sum over rows, padding aside, of KL(softmax(teacher / T) || softmax(student / T)); logits [..., classes], nats."""
     log_p = F.log_softmax(student.float() / temperature, dim=-1)
     log_q = F.log_softmax(teacher.float() / temperature, dim=-1)
     rows = (log_q.exp() * (log_q - log_p)).sum(-1)

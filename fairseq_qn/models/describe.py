@@ -21,7 +21,15 @@ from torch.overrides import TorchFunctionMode
 from fairseq_qn.errors import FormatError
 
 DICTIONARIES = ("source_dictionary", "target_dictionary", "label_dictionary")
-_ALWAYS = {"_name", "arch", "max_positions", "max_source_positions", "max_target_positions", "tokens_per_sample", "layer_norm_eps"}
+_ALWAYS = {
+    "_name",
+    "arch",
+    "max_positions",
+    "max_source_positions",
+    "max_target_positions",
+    "tokens_per_sample",
+    "layer_norm_eps",
+}
 _INDICES = ("bos_index", "pad_index", "eos_index", "unk_index")
 
 

@@ -18,7 +18,9 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     view here, give way to the model's own. A frozen layer has to fit; MismatchError says which does not.
     """
     own = {_stem(view): view for view in views}
-    for phase_key in [key for key in state if key.endswith("phase") and key[:-5] not in own and _dense_key(key[:-5]) in state]:
+    for phase_key in [
+        key for key in state if key.endswith("phase") and key[:-5] not in own and _dense_key(key[:-5]) in state
+    ]:
         if int(state[phase_key]) == FROZEN:
             raise MismatchError(
                 f"{_dense_key(phase_key[:-5])}: frozen in the checkpoint, but the recipe gives it no rule; "
@@ -27,12 +29,14 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
         state.pop(phase_key)
         state.pop(f"{phase_key[:-5]}codes", None)
     for stem, view in own.items():
-        wanted = {f"{stem}{name[len(view.prefix):]}": view.home._buffers[name] for name in view.buffer_names}
+        wanted = {f"{stem}{name[len(view.prefix) :]}": view.home._buffers[name] for name in view.buffer_names}
         problem = _problem(state, stem, view, wanted)
         if problem is None:
             continue
         if f"{stem}phase" in state and int(state[f"{stem}phase"]) == FROZEN:
-            raise MismatchError(f"{view.name}: frozen in the checkpoint, but {problem}; use the recipe of the checkpoint")
+            raise MismatchError(
+                f"{view.name}: frozen in the checkpoint, but {problem}; use the recipe of the checkpoint"
+            )
         state.update({key: buffer.clone() for key, buffer in wanted.items()})
         state.pop(f"{stem}codes", None) if f"{stem}codes" not in wanted else None
 

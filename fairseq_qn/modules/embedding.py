@@ -16,7 +16,9 @@ class PQEmbedding(PQ, nn.Embedding):
         if self.max_norm is not None:
             return super().forward(input)
         rows = F.embedding(self.codes[input].int(), self.codebook).flatten(-2)
-        return rows if self.qn_padding_idx is None else rows.masked_fill((input == self.qn_padding_idx).unsqueeze(-1), 0)
+        return (
+            rows if self.qn_padding_idx is None else rows.masked_fill((input == self.qn_padding_idx).unsqueeze(-1), 0)
+        )
 
 
 class IntEmbedding(Int, nn.Embedding):

@@ -68,22 +68,32 @@ class Dropped(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> None:
         """Raises UnsupportedError."""
-        raise UnsupportedError(f"{self.name}: was left out of the file when it was saved; save it without drop to use it")
+        raise UnsupportedError(
+            f"{self.name}: was left out of the file when it was saved; save it without drop to use it"
+        )
 
 
-def check_fits(model: nn.Module, shapes: Mapping[str, Sequence[int]], ties: Sequence[Sequence[str]], dropped: Sequence[str]) -> None:
+def check_fits(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], ties: Sequence[Sequence[str]], dropped: Sequence[str]
+) -> None:
     """Raise MismatchError unless `shapes` (name -> shape, ties by their first name) are exactly the model's tensors."""
     wanted = {name: list(t.shape) for name, t in model.state_dict(keep_vars=True).items() if not _under(name, dropped)}
     found = {name: list(shape) for name, shape in shapes.items()}
     found |= {other: found[first] for first, *others in ties for other in others if first in found}
     for name, shape in wanted.items():
         if name not in found:
-            raise MismatchError(f"{name}: the model has it, the file has not ({_missing(wanted, found)}); load it into its own model")
+            raise MismatchError(
+                f"{name}: the model has it, the file has not ({_missing(wanted, found)}); load it into its own model"
+            )
         if found[name] != shape:
-            raise MismatchError(f"{name}: shape: expected {shape}, found {found[name]} in the file; load it into its own model")
+            raise MismatchError(
+                f"{name}: shape: expected {shape}, found {found[name]} in the file; load it into its own model"
+            )
     extra = sorted(set(found) - set(wanted))
     if extra:
-        raise MismatchError(f"{extra[0]}: the file has it, the model has not ({len(extra)} such); load it into its own model")
+        raise MismatchError(
+            f"{extra[0]}: the file has it, the model has not ({len(extra)} such); load it into its own model"
+        )
 
 
 @torch.no_grad()
@@ -97,7 +107,8 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
         _assign(model, name, tensor)
     for name, weight in layers.items():
         if mode == "dense":
-            _assign(model, name, weight.dense())
+            # Without gradient, as a view reads under no_grad: matmul folds batches by this flag, so the last bit depends on it.
+            _assign(model, name, weight.dense()).requires_grad_(False)
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)
@@ -110,18 +121,15 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
                 tie(*_home(model, other), module)
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+def _assign(model: nn.Module, name: str, value: Tensor) -> Tensor:
     module, attribute = _home(model, name)
-    old = module._parameters.get(attribute)
-    if old is not None:
-        if old.is_meta:
-            module._parameters[attribute] = nn.Parameter(value.to(old.dtype), old.requires_grad)
-        else:
-            old.copy_(value)
-    elif module._buffers[attribute].is_meta:
-        module._buffers[attribute] = value.clone()
-    else:
-        module._buffers[attribute].copy_(value)
+    store = module._parameters if attribute in module._parameters else module._buffers
+    old = store[attribute]
+    if not old.is_meta:
+        return old.copy_(value)
+    value = value.to(old.dtype)
+    store[attribute] = nn.Parameter(value, old.requires_grad) if store is module._parameters else value
+    return store[attribute]
 
 
 def _retie(model: nn.Module, first: str, other: str) -> None:
@@ -144,5 +152,3 @@ def _under(name: str, modules: Sequence[str]) -> bool:
 def _missing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str:
     n = sum(name not in found for name in wanted)
     return f"{n} of {len(wanted)} missing"
-
-

@@ -32,7 +32,9 @@ class LayerReport:
     seconds: float
 
 
-def freeze_views(views: Sequence[WeightView], *, iterations: int = 20, progress: Progress | None = None) -> list[LayerReport]:
+def freeze_views(
+    views: Sequence[WeightView], *, iterations: int = 20, progress: Progress | None = None
+) -> list[LayerReport]:
     """Quantise these views and leave them FROZEN; views that are frozen already are passed over.
 
     Every weight is looked at before any view changes, so that NonFiniteWeight leaves the model as it was.
@@ -46,7 +48,9 @@ def freeze_views(views: Sequence[WeightView], *, iterations: int = 20, progress:
     return reports
 
 
-def refresh_views(views: Sequence[WeightView], *, iterations: int = 5, progress: Progress | None = None) -> list[LayerReport]:
+def refresh_views(
+    views: Sequence[WeightView], *, iterations: int = 5, progress: Progress | None = None
+) -> list[LayerReport]:
     """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means starts."""
     views = [view for view in views if view.needs_codes and view.phase != FROZEN]
     for view in views:

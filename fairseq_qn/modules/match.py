@@ -123,7 +123,11 @@ def _keep(recipe: Recipe, owners: list[Owner]) -> str | None:
 def _rule(recipe: Recipe, owners: list[Owner]) -> Match | None:
     for rule in recipe.rules:
         for owner in owners:
-            if isinstance(owner.module, _TYPES) and owner.attribute == "weight" and rule.takes(list(owner.names), owner.module):
+            if (
+                isinstance(owner.module, _TYPES)
+                and owner.attribute == "weight"
+                and rule.takes(list(owner.names), owner.module)
+            ):
                 return Match(rule, owner, tuple(owners))
     return None
 
@@ -135,11 +139,17 @@ def _check_used(recipe: Recipe, used: Iterable[object], groups: list[list[Owner]
     for index, rule in enumerate(recipe.rules):
         if rule not in used and not rule.optional:
             shadowed = any(re.fullmatch(rule.layers, name) for name in known)
-            why = "every layer that it names is taken by `keep` or an earlier rule" if shadowed else "no layer has such a name"
+            why = (
+                "every layer that it names is taken by `keep` or an earlier rule"
+                if shadowed
+                else "no layer has such a name"
+            )
             raise NoLayerMatched(f"rules[{index}] layers {rule.layers!r}: {why}; quantisable layers: {shown}")
     for pattern in recipe.keep:
         if pattern not in used:
-            raise NoLayerMatched(f"keep {pattern!r}: no module with weights has such a name; quantisable layers: {shown}")
+            raise NoLayerMatched(
+                f"keep {pattern!r}: no module with weights has such a name; quantisable layers: {shown}"
+            )
     stages = {rule.stage for rule in used if isinstance(rule, Rule)}
     for stage in recipe.stages:
         if stage.name not in stages:

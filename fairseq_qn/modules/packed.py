@@ -6,7 +6,7 @@ and `.weight` is decoded when read, so that attention and tied heads, which neve
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def tie(owner: nn.Module, attribute: str, home: nn.Module) -> None:
     owner.__class__ = _tied_class(base, attribute)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _packed_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: int) -> tuple:
         return _rebuild_packed, (base, mixin), self.__dict__
@@ -68,12 +68,16 @@ def _packed_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
     return type(mixin.__name__ + base.__name__, (mixin, base), {"__reduce_ex__": reduce, "__module__": base.__module__})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tied_class(base: type[nn.Module], attribute: str) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: int) -> tuple:
         return _rebuild_tied, (base, attribute), self.__dict__
 
-    body = {attribute: property(lambda self: self._qn_home.weight), "__reduce_ex__": reduce, "__module__": base.__module__}
+    body = {
+        attribute: property(lambda self: self._qn_home.weight),
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+    }
     return type(base.__name__, (base,), body)
 
 

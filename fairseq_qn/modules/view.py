@@ -13,7 +13,7 @@ shape, name or number, and no forward writes to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -147,7 +147,9 @@ class WeightView:
         if self._noise_kind == "proxy":
             return noise.drop_blocks(weight, mask, block_size)
         if self.needs_codes and self.phase == FLOAT:
-            raise ViewError(f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first")
+            raise ViewError(
+                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first"
+            )
         return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
 
 
@@ -178,7 +180,7 @@ def views_of(model: nn.Module) -> Iterator[WeightView]:
                 yield view
 
 
-@lru_cache(maxsize=None)
+@cache
 def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
     body = {attribute: _view_property(attribute) for attribute in attributes}
@@ -199,7 +201,9 @@ def _view_property(attribute: str) -> property:
             if value is not weight:
                 value._qn_parameter = weight
             return value
-        except AttributeError as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
+        except (
+            AttributeError
+        ) as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
             raise ViewError(f"{type(self).__name__}.{attribute}: the view cannot be read: {error}") from error
 
     return property(get)

@@ -37,7 +37,9 @@ def ranges_shape(shape: Sequence[int], granularity: str, group_size: int, name: 
     return numel // group_size, group_size
 
 
-def quantize(weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight") -> Integers:
+def quantize(
+    weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+) -> Integers:
     """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError."""
     rows = weight.detach().float().reshape(ranges_shape(weight.shape, granularity, group_size, name))
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
@@ -56,6 +58,8 @@ def dequantize(integers: Integers, shape: Sequence[int], dtype: torch.dtype = to
     return (integers.levels.float() - zero).mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
 
 
-def fake_quantize(weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight") -> Tensor:
+def fake_quantize(
+    weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+) -> Tensor:
     """Quantised and dequantised: the same shape and dtype, on at most 2^bits values a range."""
     return dequantize(quantize(weight, bits, granularity, group_size, name), weight.shape, weight.dtype)

@@ -93,7 +93,12 @@ def learn(weight: Tensor, block_size: int, n_centroids: int, *, padding_idx: int
     if padding_idx is not None:
         kept[padding_idx] = False
     clusters = kmeans(
-        to_blocks(weight.detach()[kept], block_size), n_centroids, iterations=iterations, seed=seed, start=start, name=name
+        to_blocks(weight.detach()[kept], block_size),
+        n_centroids,
+        iterations=iterations,
+        seed=seed,
+        start=start,
+        name=name,
     )
     codes = torch.zeros(shape, dtype=codes_dtype(n_centroids), device=weight.device)
     codes[kept] = clusters.codes.reshape(-1, shape[1]).to(codes.dtype)

@@ -27,10 +27,12 @@ class QuantisedTaskConfig(FairseqDataclass):
     """Options that every qn_ task adds to those of fairseq's own task."""
 
     quant_recipe: Optional[str] = field(
-        default=None, metadata={"help": "recipe: which layers, which scheme, how much noise, in which stages (YAML file)"}
+        default=None,
+        metadata={"help": "recipe: which layers, which scheme, how much noise, in which stages (YAML file)"},
     )
     quant_stage_updates: Optional[str] = field(
-        default=None, metadata={"help": "updates after which each stage of the recipe is frozen, in order: 2000,4000,5000"}
+        default=None,
+        metadata={"help": "updates after which each stage of the recipe is frozen, in order: 2000,4000,5000"},
     )
     quant_stage_epochs: Optional[str] = field(
         default=None, metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"}
@@ -60,7 +62,9 @@ class QuantisedTask:
         recipe = api.recipe_of(model)
         if recipe is None:
             if getattr(self._config, "quant_recipe", None):
-                raise UnsupportedError(f"--quant-recipe: {type(model).__name__} takes no recipe; use a qn_ architecture")
+                raise UnsupportedError(
+                    f"--quant-recipe: {type(model).__name__} takes no recipe; use a qn_ architecture"
+                )
             return model
         strict = not from_checkpoint  # a checkpoint's model may be built here for another use, with other heads
         logger.info("recipe: %s", api.apply(model, recipe, strict=strict))
@@ -134,7 +138,9 @@ def _boundaries(recipe: Recipe, config: Any) -> dict[str, tuple[str, int]]:
             except ValueError:
                 raise RecipeError(f"{option}: expected numbers separated by commas, found {text!r}") from None
             if len(numbers) != len(names) or numbers != sorted(numbers):
-                raise RecipeError(f"{option}: expected {len(names)} rising numbers, for stages {names}, found {numbers}")
+                raise RecipeError(
+                    f"{option}: expected {len(names)} rising numbers, for stages {names}, found {numbers}"
+                )
             return {name: (unit, number) for name, number in zip(names, numbers, strict=True)}
     own = {s.name: ("update", s.update) if s.update is not None else ("epoch", s.epoch) for s in recipe.stages}
     return {name: at for name, at in own.items() if at[1] is not None}
@@ -147,7 +153,9 @@ def _refuse_unsupported(cfg: Any) -> None:
             "Train without --store-ema"
         )
     if str(getattr(cfg, "ddp_backend", "")) == "fully_sharded":
-        raise UnsupportedError("--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d")
+        raise UnsupportedError(
+            "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d"
+        )
 
 
 def _remember(cfg: Any, key: str, value: Any) -> None:

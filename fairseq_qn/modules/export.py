@@ -1,0 +1,122 @@
+"""A model with views -> the manifest and the tensors of its small file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_qn.artifact import codec, container, manifest
+from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules.match import owners_of
+from fairseq_qn.modules.view import WeightView, views_of
+from fairseq_qn.quant import integer, product
+from fairseq_qn.recipe import Recipe
+
+PRODUCER = "fairseq_qn 0.1.0"
+Describe = Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the file of a model will hold: decided from shapes alone, frozen or not."""
+
+    manifest: dict[str, Any]
+    views: dict[str, WeightView]  # by the name under which each is stored
+    dense: dict[str, Tensor]
+    files: dict[str, bytes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of codebooks and of what stays dense."""
+        return codec.FLOATS[self.manifest["parts"]]
+
+    def size(self) -> int:
+        """Bytes that the file will have."""
+        layers = self.manifest["layers"]
+        specs = {f"{n}/{part}": spec for n, e in layers.items() for part, spec in codec.layout(e, self.dtype).items()}
+        for name, tensor in self.dense.items():
+            specs[name] = (self.dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+        for name, data in self.files.items():
+            specs[manifest.ASSET + name] = (torch.uint8, (len(manifest.asset_tensor(data)),))
+        return container.predict_bytes(specs, self.manifest)
+
+    def encode(self) -> dict[str, Tensor]:
+        """The tensors of the file; completes the manifest's exponents."""
+        tensors: dict[str, Tensor] = {}
+        for name, view in self.views.items():
+            parts = _encode(view, self.manifest["layers"][name], self.dtype)
+            tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
+        for name, tensor in self.dense.items():
+            tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype)
+            if exponent:
+                self.manifest["exponents"][name] = exponent
+        return tensors | {manifest.ASSET + name: manifest.asset_tensor(data) for name, data in self.files.items()}
+
+
+def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
+         assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None) -> Plan:  # fmt: skip
+    """Decide what is stored under which name. Raises UnsupportedError for unknown `parts` or `drop`."""
+    if parts not in codec.FLOATS:
+        raise UnsupportedError(f"save: parts: expected one of {list(codec.FLOATS)}, found {parts!r}")
+    modules = dict(model.named_modules())
+    for name in drop:
+        if not name or name not in modules:
+            raise UnsupportedError(f"save: drop: the model has no module {name!r}")
+    dropped = tuple(f"{name}." for name in drop)
+    by_parameter = {id(view.weight): view for view in views_of(model)}
+    views, ties = {}, []
+    for owners in owners_of(model):
+        keys = [owner.key for owner in owners if not owner.key.startswith(dropped)]
+        view = by_parameter.get(id(owners[0].module._parameters[owners[0].attribute]))
+        if view is not None and keys:
+            keys.sort(key=lambda key, first=view.name: key != first)
+            views[keys[0]] = view
+        if len(keys) > 1:
+            ties.append(keys)
+    source, files = _source(model, source, assets)
+    content = {
+        "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
+        "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
+        "dropped": list(drop), "source": source, "assets": {name: {"bytes": len(data)} for name, data in files.items()},
+    }  # fmt: skip
+    return Plan(
+        content, views, _dense(model, {*views, *(other for _, *others in ties for other in others)}, dropped), files
+    )
+
+
+def _source(
+    model: nn.Module, source: Mapping[str, Any] | None, assets: Mapping[str, bytes] | None
+) -> tuple[Any, dict[str, bytes]]:
+    """(source, files): as given, over what the model itself says of how to rebuild it."""
+    describe: Describe | None = getattr(model, "qn_describe", None)
+    own, files = describe() if describe else ({}, {})
+    merged = {**own, **(source or {})}
+    return merged or None, {**files, **(assets or {})}
+
+
+def _dense(model: nn.Module, skip: set[str], dropped: tuple[str, ...]) -> dict[str, Tensor]:
+    """Every tensor of the state dict but those to skip, the views' buffers and what is dropped."""
+    buffers = {view.name[: -len(view.attribute)] + name for view in views_of(model) for name in view.buffer_names}
+    state = model.state_dict(keep_vars=True)
+    return {n: t for n, t in state.items() if n not in skip and n not in buffers and not n.startswith(dropped)}
+
+
+def _entry(view: WeightView) -> dict[str, Any]:
+    rule, shape = view.rule, view.weight.shape
+    if rule.scheme == "product":
+        return codec.product_entry(shape, rule.block_size, view.n_centroids, view.padding_idx)
+    return codec.integer_entry(shape, rule.bits, rule.granularity, rule.group_size)
+
+
+def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    weight, rule = view.weight.detach(), view.rule
+    if rule.scheme == "product":
+        codebook = product.codebook_of(weight, view.groups, rule.block_size).float()
+        return codec.encode_product(entry, view.codes, codebook, dtype)
+    return codec.encode_integer(
+        entry, integer.quantize(weight, rule.bits, rule.granularity, rule.group_size, view.name)
+    )

@@ -18,7 +18,7 @@ find_python() { # prints the first interpreter that will do
             return
         fi
     done
-    echo "setup: needs Python 3.10 or later with venv (3.11 is what is tested); found $(python3 -V 2>&1 || true)." \
+    echo "setup: needs Python 3.10 or later with venv (3.11 is what is tested); found $(python3 -V 2>/dev/null || echo none)." \
         "Install python3.11 and python3.11-venv, or name one: PYTHON=/path/to/python3.11 $0" >&2
     return 1
 }
@@ -42,9 +42,10 @@ install_torch() {
     local torch
     torch=$(grep '^torch==' "$versions")
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
-        pip install "$torch+cpu" "${build_tools[@]}" && return
-        echo "setup: pip's settings offer no CPU build of $torch; taking the default one, which may bring several GB of" \
-            "CUDA packages. PIP_EXTRA_INDEX_URL set to PyTorch's CPU index avoids it." >&3
+        if ! pip install "$torch+cpu"; then
+            echo "setup: pip's settings offer no CPU build of $torch; taking the default one, which may bring several GB" \
+                "of CUDA packages. PIP_EXTRA_INDEX_URL set to PyTorch's CPU index avoids it." >&3
+        fi
     fi
     pip install "$torch" "${build_tools[@]}"
 }
@@ -67,9 +68,9 @@ install_package() {
 }
 
 stamp=.venv/setup.done
-key=$({ cat setup.py "$versions" run_scripts/setup.sh; echo "$root"; "$py" -V; } 2>/dev/null | cksum || true)
+key() { { cat setup.py "$versions" run_scripts/setup.sh; echo "$root"; "$py" -V; } 2>&1 | cksum; }
 have=""
-if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$key" ]; then
+if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
     have=$(tail -n 1 "$stamp")
     missing=0
     for extra in "$@"; do
@@ -81,11 +82,12 @@ extras=$(printf '%s\n' cli $have "$@" | sort -u | xargs)
 
 exec 3>&2
 started=$SECONDS
-if ! "$py" -m pip --version >/dev/null 2>&1; then
+if [ "$(cat .venv/made-in 2>/dev/null || echo "$root")" != "$root" ] || ! "$py" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     rm -rf .venv
     mkdir .venv
     step "virtual environment ($("$python" -V))" "$python" -m venv .venv
+    echo "$root" >.venv/made-in # its scripts name this path: a moved tree gets a new environment
 fi
 rm -f "$stamp"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$root/$versions
@@ -99,6 +101,5 @@ fi
 step "torch and build tools" install_torch
 step "fairseq (compiled, minutes, unless cached)" install_fairseq "$fairseq"
 step "fairseq_qn [$extras]" install_package $extras
-key=$({ cat setup.py "$versions" run_scripts/setup.sh; echo "$root"; "$py" -V; } | cksum)
-printf '%s\n%s\n' "$key" "$extras" >"$stamp"
+printf '%s\n%s\n' "$(key)" "$extras" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s, in $root/.venv"

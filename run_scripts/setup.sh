@@ -69,9 +69,8 @@ install_package() {
 
 stamp=.venv/setup.done
 key() { { cat setup.py "$versions" run_scripts/setup.sh; echo "$root"; "$py" -V; } 2>&1 | cksum; }
-have=""
-if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
-    have=$(tail -n 1 "$stamp")
+have=$(tail -n 1 "$stamp" 2>/dev/null || true) # the extras that are there
+if [ -n "$have" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
     missing=0
     for extra in "$@"; do
         case " $have " in *" $extra "*) ;; *) missing=1 ;; esac
@@ -91,11 +90,11 @@ if [ "$(cat .venv/made-in 2>/dev/null || echo "$root")" != "$root" ] || ! "$py" 
 fi
 rm -f "$stamp"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$root/$versions
-fairseq=fairseq-fixed==0.12.3.1
+fairseq="fairseq-fixed==0.12.3.1"
 build_tools=(cython numpy setuptools wheel)
 if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then # the tested versions are those of 3.11
     unset PIP_CONSTRAINT
-    fairseq=fairseq==0.12.2
+    fairseq="fairseq==0.12.2"
     build_tools=('cython<3' 'numpy<1.24' setuptools wheel 'pip<24.1') # fairseq's omegaconf 2.0 needs the old pip
 fi
 step "torch and build tools" install_torch

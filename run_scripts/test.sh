@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash run_scripts/setup.sh test
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest "$@"
+# two processes of one thread each; a file's tests stay together, because they share their trained models
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
+from fairseq_qn.modules.freeze import refresh_views
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 
@@ -45,6 +46,8 @@ class QuantisedTaskConfig(FairseqDataclass):
 
 class QuantisedTask:
     """Mixin for a fairseq task class, before it in the bases."""
+
+    _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
@@ -79,9 +82,19 @@ class QuantisedTask:
             return
         due = [name for name, (unit, at) in self._boundaries.items() if unit == "epoch" and epoch >= at]
         self._freeze_due(due, f"epoch {epoch}")
-        if any(view.needs_codes and view.phase != FROZEN for view in views_of(model)):
-            api.refresh(model, progress=_bar("codebooks of exact noise"))
+        if self._refreshed != epoch:  # on resume within an epoch the codes are those of its beginning
+            views = [view for view in views_of(model) if view.noise.refresh == "epoch"]
+            refresh_views(views, progress=_bar("codebooks of exact noise"))
+            self._refreshed = epoch
         self._measure()
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """What fairseq adds to a checkpoint, and hands back before the epoch in which training resumes."""
+        return {type(self).__name__: {"refreshed": self._refreshed}}
+
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        """The epoch at whose beginning the codes in the checkpoint were learned."""
+        self._refreshed = state["refreshed"]
 
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int,
                    ignore_grad: bool = False) -> Any:  # fmt: skip

@@ -22,6 +22,11 @@ class Clock:
         self.update, self.micro, self.pinned = update, micro, True
 
     @property
+    def started(self) -> bool:
+        """Whether there was a training forward, or set_update: who reads a weight before is not training."""
+        return self.pinned or self.update > 0
+
+    @property
     def rank(self) -> int:
         """This process' rank, so that data-parallel workers draw different masks."""
         on = torch.distributed.is_available() and torch.distributed.is_initialized()

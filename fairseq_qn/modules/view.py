@@ -119,7 +119,8 @@ class WeightView:
                 project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
                 return _Read.apply(weight, project, project)
             return _Read.apply(weight, self.quantized, None)
-        p = self.noise.at(self.clock.update) if training and self._noise_kind != "none" else 0.0
+        noisy = training and self._noise_kind != "none" and self.clock.started
+        p = self.noise.at(self.clock.update) if noisy else 0.0
         return _Read.apply(weight, partial(self._noised, p=p), None) if p > 0 else weight
 
     def quantized(self, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 EXTRAS = {
     "cli": ["rich>=13"],
@@ -43,5 +43,7 @@ setup(
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fairseq-qn = fairseq_qn.cli:main"]},
+    # Optional: without a compiler everything works, and codebooks take some ten times longer.
+    ext_modules=[Extension("fairseq_qn.kernels._nearest", ["fairseq_qn/kernels/nearest.c"], extra_compile_args=["-O3"], optional=True)],
     zip_safe=False,
 )

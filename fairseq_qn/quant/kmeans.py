@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fairseq_qn.errors import NonFiniteWeight
+from fairseq_qn.kernels import nearest as kernel
 
 CHUNK = 1 << 18  # scores held at a time: 1 MiB of fp32, which stays in a core's cache
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """codes int64 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each iteration."""
+    """codes int32 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each iteration."""
 
     codes: Tensor
     codebook: Tensor
@@ -33,19 +35,24 @@ class Clusters:
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codeword nearest to each row: x [n, d], codebook [K, d] -> int64 [n]."""
+    """Index of the codeword nearest to each row: x [n, d], codebook [K, d] -> int32 [n]."""
+    if kernel.usable(x):
+        return kernel.nearest(x, codebook)
     # argmin ||x - c||^2 = argmax x.c - ||c||^2 / 2
     bias = codebook.pow(2).sum(1).div(-2)
     step = max(64, CHUNK // len(codebook))
     transposed = codebook.t().contiguous()
-    parts = [torch.addmm(bias, part, transposed).argmax(1) for part in x.split(step)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=x.device)
+    parts = [torch.addmm(bias, part, transposed).argmax(1).int() for part in x.split(step)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=x.device)
 
 
 def cluster_means(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
     """Mean of the rows of each code, summed in fp64: (fp32 [K, d], counts int64 [K]); no rows, mean 0."""
-    sums = torch.zeros(n_centroids, x.shape[1], dtype=torch.float64, device=x.device).index_add_(0, codes, x.double())
-    counts = torch.bincount(codes, minlength=n_centroids)
+    if kernel.usable(x):
+        sums, counts = kernel.accumulate(x, codes, n_centroids)
+    else:
+        sums = torch.zeros(n_centroids, x.shape[1], dtype=torch.float64, device=x.device).index_add_(0, codes, x.double())
+        counts = torch.bincount(codes, minlength=n_centroids)
     return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
 
 
@@ -60,7 +67,7 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
         bad = int((~torch.isfinite(x)).sum())
         raise NonFiniteWeight(f"{name}: {bad} of {x.numel()} values are NaN or Inf; quantise a finite weight")
     if len(x) <= n_centroids:  # every block is its own codeword
-        return Clusters(torch.arange(len(x), device=x.device), x.clone(), (0.0,))
+        return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,))
     # Centred and scaled to 1, in which fp32 scores neither cancel (1e4 + noise) nor underflow (1e-7).
     shift = x.double().mean(0)
     centred = (x.double() - shift).float()
@@ -78,11 +85,11 @@ def _draw(points: Tensor, n_centroids: int, seed: int) -> Tensor:
 
 
 def _lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, list[float]]:
-    best, history = torch.zeros(len(points), dtype=torch.long, device=points.device), []
+    best, history = torch.zeros(len(points), dtype=torch.int32, device=points.device), []
     for _ in range(max(1, iterations)):
         codes = nearest(points, centroids)
         centroids, counts = cluster_means(points, codes, len(centroids))
-        errors = (points - centroids[codes]).pow_(2).sum(1)
+        errors = (points - F.embedding(codes, centroids)).pow_(2).sum(1)
         objective = float(errors.sum(dtype=torch.float64))
         if history and objective >= history[-1]:
             break

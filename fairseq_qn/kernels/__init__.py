@@ -1,0 +1,1 @@
+"""Fast paths. Each is defined by plain torch code elsewhere, is optional, and gives the same results to rounding."""

@@ -1,0 +1,89 @@
+"""The compiled search against the plain torch code that defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_qn.kernels import nearest as kernel
+from fairseq_qn.quant import kmeans
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled at installation")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "library", lambda: None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(seed: int, n: int, d: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8, 9, 16, 64]), st.integers(1, 70))
+def test_no_codeword_is_nearer_than_the_one_that_the_kernel_finds(seed: int, n: int, d: int, k: int) -> None:
+    x, codebook = rows(seed, n, d), rows(seed + 1, k, d)
+    distances = torch.cdist(x.double(), codebook.double()).pow(2)
+    found = distances.gather(1, kernel.nearest(x, codebook).long().unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found, distances.amin(1), rtol=1e-5, atol=1e-5 * (1 + d))
+
+
+@needs_kernel
+def test_the_lowest_index_wins_a_tie() -> None:
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(20, 1)
+    assert kernel.nearest(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), codebook).tolist() == [1, 0, 0]
+
+
+@needs_kernel
+def test_codes_and_sums_do_not_depend_on_the_number_of_threads(one_thread: None) -> None:
+    x, codebook = rows(0, 40_007, 8), rows(1, 100, 8)
+    torch.set_num_threads(3)
+    codes = kernel.nearest(x, codebook)
+    sums, counts = kernel.accumulate(x, codes, 100)
+    torch.set_num_threads(1)
+    assert torch.equal(kernel.nearest(x, codebook), codes)
+    again, _ = kernel.accumulate(x, codes, 100)
+    assert torch.equal(again, sums) and counts.sum() == len(x)
+
+
+@needs_kernel
+def test_sums_are_those_of_index_add() -> None:
+    x, codes = rows(0, 10_001, 5), torch.randint(0, 37, (10_001,), dtype=torch.int32)
+    sums, counts = kernel.accumulate(x, codes, 37)
+    expected = torch.zeros(37, 5, dtype=torch.float64).index_add_(0, codes.long(), x.double())
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-9)
+    assert torch.equal(counts, torch.bincount(codes, minlength=37))
+
+
+@needs_kernel
+def test_rows_that_are_not_contiguous() -> None:
+    x, codebook = rows(0, 300, 16)[:, ::2], rows(1, 20, 16)[:, 8:]
+    assert torch.equal(kernel.nearest(x, codebook), kernel.nearest(x.clone(), codebook.clone()))
+
+
+def test_everything_works_without_the_kernel(plain: None) -> None:
+    x = rows(0, 2_000, 8)
+    assert not kernel.usable(x)
+    without = kmeans.kmeans(x, 16, iterations=5)
+    assert without.objective < float((x - x.mean(0)).pow(2).sum())
+
+
+@needs_kernel
+def test_kmeans_is_as_good_with_the_kernel_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(0, 5_000, 8)
+    fast = kmeans.kmeans(x, 64)
+    monkeypatch.setattr(kernel, "library", lambda: None)
+    assert abs(fast.objective / kmeans.kmeans(x, 64).objective - 1) < 1e-3

@@ -44,6 +44,8 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fairseq-qn = fairseq_qn.cli:main"]},
     # Optional: without a compiler everything works, and codebooks take some ten times longer.
-    ext_modules=[Extension("fairseq_qn.kernels._nearest", ["fairseq_qn/kernels/nearest.c"], extra_compile_args=["-O3"], optional=True)],
+    ext_modules=[
+        Extension("fairseq_qn.kernels._nearest", ["fairseq_qn/kernels/nearest.c"], extra_compile_args=["-O3"], optional=True)
+    ],
     zip_safe=False,
 )

@@ -190,7 +190,7 @@ def register_builder(kind: str, builder: Builder) -> None:
 
 
 def figures(model: nn.Module) -> dict[str, float]:
-    """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion of each frozen stage."""
+    """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion by frozen stage."""
     views = list(views_of(model))
     frozen = [view for view in views if view.phase == FROZEN]
     total = sum(view.weight.numel() for view in views)

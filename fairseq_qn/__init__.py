@@ -19,7 +19,7 @@ if find_spec("fairseq") is not None:
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # fairseq's import talks about optional extras of other tasks
     try:
-        # fairseq imports tasks/ and models/ of a --user-dir, but not criterions/, and nothing if the package is imported already.
+        # fairseq imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the package is imported already.
         from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
         from fairseq_qn.tasks import checkpoint_classes
     finally:

@@ -50,8 +50,9 @@ train() { # train NAME EPOCHS LR END_LR OPTIONS...; a checkpoint_last.pt in OUT/
 }
 
 recipe=configs/recipes/minilm.yaml
-small() { # small CHECKPOINT FILE: freezes what is not frozen yet, and writes the file
-    .venv/bin/fairseq-qn compress "$1" --recipe "$recipe" -o "$2" --bpe qn_wordpiece --bpe-files "$out/hf/vocab.txt"
+small() { # small CHECKPOINT FILE: freezes what is not frozen yet, and writes the file, without the masked-LM head
+    .venv/bin/fairseq-qn compress "$1" --recipe "$recipe" --data "$out/bin" -o "$2" --drop encoder.lm_head \
+        --bpe qn_wordpiece --bpe-files "$out/hf/vocab.txt"
 }
 
 score() { # score NAME FILE: in a process of its own
@@ -64,9 +65,9 @@ step prepare tool prepare "$mnli" "$out"
 step dense train dense 4 1e-4 0 --criterion sentence_prediction --finetune-from-model "$out/hf/model.pt"
 step strip tool strip "$out/dense/checkpoint_last.pt" "$out/dense/model.pt"
 
-# 2. from there two epochs with noise, then a stage at the beginning of epochs 3, 4 and 5; the dense model teaches
-step staged train staged 6 1e-4 1e-5 --finetune-from-model "$out/dense/model.pt" \
-    --quant-recipe "$recipe" --quant-stage-epochs 3,4,5 \
+# 2. from there an epoch with noise, then a stage at the beginning of epochs 2, 3 and 4; the dense model teaches
+step staged train staged 5 1e-4 1e-5 --finetune-from-model "$out/dense/model.pt" \
+    --quant-recipe "$recipe" --quant-stage-epochs 2,3,4 \
     --criterion quantization_aware --wrapped-criterion sentence_prediction \
     --teacher-checkpoint "$out/dense/model.pt" --distill-weight 0.8 --distill-temperature 2.0
 

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
 from fairseq_qn.quant.kmeans import Clusters, kmeans, nearest
 
+RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal blocks is 0.3% off
+
 
 def codes_dtype(n_centroids: int) -> torch.dtype:
     """The smallest dtype that holds codes 0 .. n_centroids - 1."""
@@ -39,10 +41,16 @@ def n_codewords(shape: Sequence[int], block_size: int, n_centroids: int, padding
 
 @dataclass(frozen=True)
 class Groups:
-    """The blocks of a weight sorted by code: `order` int32 [n], start of each code's run `offsets` int32 [K], `codes` int32."""
+    """The blocks of a weight sorted by code, and cut into runs that hold one code each and at most RUN blocks.
+
+    order int32 [n]: blocks by code; starts int32 [n_runs]: where in `order` each run begins; first int32 [K]: the first run
+    of each code; counts int64 [K]; codes int32 [n_blocks].
+    """
 
     order: Tensor
-    offsets: Tensor
+    starts: Tensor
+    first: Tensor
+    counts: Tensor
     codes: Tensor
     padding_idx: int | None
 
@@ -57,7 +65,11 @@ class Groups:
             order = order[order.div(columns, rounding_mode="floor") != padding_idx]
             counted = torch.cat([flat[: padding_idx * columns], flat[(padding_idx + 1) * columns :]])
         counts = torch.bincount(counted, minlength=n_centroids)
-        return cls(order, (counts.cumsum(0) - counts).int(), flat, padding_idx)
+        runs = (counts + RUN - 1).div(RUN, rounding_mode="floor")
+        begin, first = counts.cumsum(0) - counts, runs.cumsum(0) - runs
+        owner = torch.repeat_interleave(runs)  # the code of each run
+        starts = begin[owner] + RUN * (torch.arange(len(owner), device=flat.device) - first[owner])
+        return cls(order, starts.int(), first.int(), counts, flat, padding_idx)
 
 
 def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
@@ -65,7 +77,10 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     blocks = to_blocks(weight, block_size)
     if blocks.dtype not in (torch.float32, torch.float64):
         blocks = blocks.float()
-    return F.embedding_bag(groups.order, blocks, groups.offsets, mode="mean")
+    sums = F.embedding_bag(groups.order, blocks, groups.starts, mode="sum").double()
+    runs = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
+    sums = F.embedding_bag(runs, sums, groups.first, mode="sum")
+    return (sums / groups.counts.clamp(min=1).unsqueeze(1)).to(blocks.dtype)
 
 
 def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None) -> Tensor:

@@ -55,14 +55,15 @@ class WeightView:
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
+        if rule.scheme == "product":  # raises before anything is registered
+            check_block_size(weight.shape, rule.block_size, name)
+        else:
+            integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
         home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
         if rule.scheme == "product":
-            check_block_size(weight.shape, rule.block_size, name)
             dtype = product.codes_dtype(self.n_centroids)
             codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
             home.register_buffer(f"{self.prefix}codes", codes)
-        else:
-            integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
 
     # -- state
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Integers:
 
 def ranges_shape(shape: Sequence[int], granularity: str, group_size: int, name: str = "weight") -> tuple[int, int]:
     """[n_ranges, values a range] of a weight: one range for the tensor, for each row, or for `group_size` values of a row."""
-    numel = int(torch.Size(shape).numel())
+    numel = prod(shape)
     if granularity == "tensor":
         return 1, numel
     row = numel // shape[0]

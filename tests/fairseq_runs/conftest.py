@@ -1,0 +1,86 @@
+"""Tiny data for real fairseq runs, made here from a fixed seed: text, a sentencepiece model, binarised sets."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+pytest.importorskip("fairseq")
+
+from fairseq import options
+from fairseq_cli import preprocess
+from fairseq_run import sentences
+
+import fairseq_qn  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Data:
+    """Folders for --data, and the sentencepiece model that made them."""
+
+    root: Path
+    pieces: Path
+    lm: Path
+    classes: Path
+    pairs: Path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """fairseq and Hydra are old, and warn of it hundreds of times a run."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for kind in ("UserWarning", "FutureWarning", "DeprecationWarning"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Text of 80 words: a language-model set, two classes (is the first word an early one?), and a toy translation."""
+    root = tmp_path_factory.mktemp("data")
+    text = {"train": sentences(240, 1), "valid": sentences(24, 2)}
+    pieces = root / "pieces.model"
+    _learn_pieces([line for lines in text.values() for line in lines], pieces)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    specials = {"<unk>", "<s>", "</s>"}
+    symbols = [model.id_to_piece(i) for i in range(len(model)) if model.id_to_piece(i) not in specials]
+    (root / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in symbols))
+    for split, lines in text.items():
+        encoded = [" ".join(model.encode(line, out_type=str)) for line in lines]
+        backwards = [" ".join(model.encode(" ".join(reversed(line.split())), out_type=str)) for line in lines]
+        labels = ["early" if line.split()[0] < "lo" else "late" for line in lines]
+        for ending, content in (("src", encoded), ("tgt", backwards), ("label", labels)):
+            (root / f"{split}.{ending}").write_text("".join(f"{line}\n" for line in content))
+    dictionary = ["--srcdict", str(root / "dict.txt")]
+    _binarise(root, "src", root / "lm", *dictionary)
+    _binarise(root, "src", root / "classes" / "input0", *dictionary)
+    _binarise(root, "label", root / "classes" / "label")
+    _binarise(root, "", root / "pairs", "-s", "src", "-t", "tgt", "--joined-dictionary", *dictionary, pair=True)
+    return Data(root, pieces, root / "lm", root / "classes", root / "pairs")
+
+
+def _learn_pieces(lines: list[str], target: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    target.write_bytes(model.getvalue())
+
+
+def _binarise(root: Path, ending: str, target: Path, *more: str, pair: bool = False) -> None:
+    suffix = "" if pair else f".{ending}"
+    words = ["--trainpref", f"{root}/train{suffix}", "--validpref", f"{root}/valid{suffix}", "--destdir", str(target)]
+    words += ["--workers", "1", *([] if pair else ["--only-source"]), *more]
+    before = list(logging.getLogger("fairseq_cli.preprocess").handlers)
+    preprocess.main(options.get_preprocessing_parser().parse_args(words))
+    logging.getLogger("fairseq_cli.preprocess").handlers = before

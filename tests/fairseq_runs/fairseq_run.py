@@ -1,0 +1,204 @@
+"""Run fairseq's own commands inside the test process (importing them anew costs seconds) or in a fresh one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fairseq import checkpoint_utils, options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import train as fairseq_train
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = ROOT / "fairseq_qn"
+BIN = Path(sys.executable).parent
+
+STAGES = ("ffn", "emb", "attn")
+SIZE = {"--encoder-layers": 2, "--encoder-embed-dim": 32, "--encoder-ffn-embed-dim": 64, "--encoder-attention-heads": 2,
+        "--max-positions": 64}  # fmt: skip
+LM_SIZE = {
+    "--decoder-layers": 2,
+    "--decoder-embed-dim": 32,
+    "--decoder-ffn-embed-dim": 64,
+    "--decoder-attention-heads": 2,
+}
+MT_SIZE = {**LM_SIZE, **{key: size for key, size in SIZE.items() if key != "--max-positions"}}
+LOOP = {"--batch-size": 8, "--optimizer": "adam", "--lr": 1e-3, "--lr-scheduler": "polynomial_decay", "--warmup-updates": 2,
+        "--total-num-update": 40, "--log-format": "json", "--log-interval": 1, "--num-workers": 0, "--seed": 3}  # fmt: skip
+
+MLM = {"--task": "qn_masked_lm", "--arch": "qn_roberta", "--criterion": "quantization_aware",
+       "--wrapped-criterion": "masked_lm", "--tokens-per-sample": 32, **SIZE, **LOOP}  # fmt: skip
+EACH = {"--save-interval-updates": 1, "--keep-interval-updates": -1}
+
+
+def recipe(noise: dict[str, Any] | None = None, block_size: int = 8, **more: Any) -> dict[str, Any]:
+    """A recipe of three stages that fits every tiny model here."""
+    rule = {"scheme": "product", "n_centroids": 32, "block_size": block_size}
+    rules = [
+        {"layers": r".*\.fc[12]", "stage": "ffn", **rule},
+        {"layers": ".*embed_tokens", "stage": "emb", **rule},
+        {"layers": r".*attn\.(q|k|v|out)_proj", "stage": "attn", **rule, "block_size": 4},
+    ]
+    return {"version": 1, "noise": noise or {"kind": "proxy", "p": 0.2}, "rules": rules, "stages": [*STAGES], **more}
+
+
+def write_recipe(path: Path, data: dict[str, Any]) -> Path:
+    """A recipe as a YAML file."""
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def arguments(*parts: Any) -> list[str]:
+    """Command-line words from words, lists, and mappings of options; an option whose value is None is a flag."""
+    words: list[str] = []
+    for part in parts:
+        if isinstance(part, dict):
+            for key, value in part.items():
+                words += [str(key)] if value is None else [str(key), str(value)]
+        elif isinstance(part, (list, tuple)):
+            words += arguments(*part)
+        else:
+            words.append(str(part))
+    return words
+
+
+@dataclass
+class Run:
+    """A finished training: its folder, its trainer, and what fairseq logged."""
+
+    folder: Path
+    trainer: Any
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def logged(self, logger: str = "train_inner") -> list[dict[str, float]]:
+        """The figures that one of fairseq's loggers printed, in order."""
+        found = [json.loads(text) for name, text in self.lines if name == logger and text.startswith("{")]
+        return [{key: float(value) for key, value in figures.items() if value is not None} for figures in found]
+
+    def state(self, name: str = "checkpoint_last.pt") -> dict[str, Any]:
+        """A checkpoint of this run, read with torch's safe loading."""
+        return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+
+    def at(self, update: int) -> dict[str, Any]:
+        """The checkpoint after an update."""
+        return self.state(self.path(update).name)
+
+    def path(self, update: int) -> Path:
+        """Where the checkpoint after an update lies; at the end of an epoch fairseq names it after the epoch."""
+        found = list(self.folder.glob(f"checkpoint_*_{update}.pt"))
+        ends = [path for path in self.folder.glob("checkpoint?.pt") if not found]
+        found += [path for path in ends if self.state(path.name)["optimizer_history"][-1]["num_updates"] == update]
+        return found[0]
+
+    @property
+    def model(self) -> Any:
+        """The trained model itself, in eval mode."""
+        return self.trainer.model.eval()
+
+
+def train(folder: Path, *parts: Any, watch: Callable[[Any], None] | None = None) -> Run:
+    """fairseq-train in this process, on the CPU. watch(trainer) is called before the first update."""
+    words = arguments(*parts, {"--save-dir": folder, "--cpu": None})
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
+    run = Run(folder, None)
+
+    class Watched(fairseq_train.Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            run.trainer = self
+            if watch is not None:
+                watch(self)
+
+    # fairseq keeps the best score in an attribute of a function
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    original, fairseq_train.Trainer = fairseq_train.Trainer, Watched
+    try:
+        with listening(run.lines):
+            fairseq_train.main(convert_namespace_to_omegaconf(args))
+    finally:
+        fairseq_train.Trainer = original
+    return run
+
+
+@contextmanager
+def listening(lines: list[tuple[str, str]]) -> Iterator[None]:
+    """Append (logger, message) of everything that is logged at INFO or above."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((record.name, record.getMessage()))
+
+    root, handler = logging.getLogger(), Handler(logging.INFO)
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def command(*words: Any, cwd: Path, stdin: str = "", plugin: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command of the environment in a fresh process. Without `plugin`, fairseq_qn cannot be imported there."""
+    program, *rest = arguments(*words)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not plugin:
+        (cwd / "blocked").mkdir(exist_ok=True)
+        (cwd / "blocked" / "fairseq_qn.py").write_text("raise ImportError('the plugin is not to be imported here')\n")
+        env["PYTHONPATH"] = str(cwd / "blocked")
+    return subprocess.run(
+        [str(BIN / program), *rest],
+        cwd=cwd,
+        env=env,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def differing(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two nested structures of tensors and values are not bit-identical."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        same = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [where]
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b}, key=str)
+        return [
+            w
+            for key in keys
+            for w in (differing(a[key], b[key], f"{where}/{key}") if key in a and key in b else [where])
+        ]
+    if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str) and len(a) == len(b):
+        return [w for i, (x, y) in enumerate(zip(a, b)) for w in differing(x, y, f"{where}[{i}]")]
+    return [] if a == b else [where]
+
+
+def sentences(n: int, seed: int) -> list[str]:
+    """n lower-case sentences of 4 to 11 words out of 80, the frequent ones often; each word likes some followers."""
+    spell = random.Random(0)
+    syllables = ("ka", "lo", "mi", "ter", "su", "ben")
+    words = sorted({"".join(spell.choice(syllables) for _ in range(2 + i % 3)) for i in range(110)})[:80]
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(n):
+        index, line = int(80 * draw.random() ** 2), []
+        for _ in range(draw.randint(4, 11)):
+            line.append(words[index])
+            index = (index * 7 + 3) % 80 if draw.random() < 0.6 else int(80 * draw.random() ** 2)
+        lines.append(" ".join(line))
+    return lines

@@ -17,7 +17,7 @@ from fairseq_qn.modules import export
 from fairseq_qn.modules.clock import Clock, Tick
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_views
-from fairseq_qn.modules.match import Coverage, match
+from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.view import CODED, FROZEN, WeightView, install, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
@@ -42,17 +42,20 @@ def apply(
         raise UnsupportedError("apply: the model carries the views of another recipe; build it anew")
     matches, coverage = match(model, recipe, strict=strict)
     clock = model._qn_clock if before is not None else Clock(seed)
-    new = [m for m in matches if m.home.attribute not in m.home.module.__dict__.get("_qn_views", {})]
+    views = [_view_of(m) for m in matches]
     made: list[WeightView] = []
     try:
-        for m in new:
-            made.append(WeightView(m.home.key, m.rule, recipe.noise_of(m.rule), m.home.module, m.home.attribute, clock))
+        for i, m in enumerate(matches):
+            if views[i] is None:
+                home, noise = m.home, recipe.noise_of(m.rule)
+                views[i] = WeightView(home.key, m.rule, noise, home.module, home.attribute, clock)
+                made.append(views[i])
     except Exception:
         for view in made:
             for name in view.buffer_names:
                 del view.home._buffers[name]
         raise
-    for m, view in zip(new, made, strict=True):
+    for m, view in zip(matches, views, strict=True):
         for owner in m.owners:
             install(owner.module, owner.attribute, view)
     if before is None:
@@ -223,6 +226,12 @@ def _build(plan: Mapping[str, Any], assets: dict[str, bytes], path: str | Path) 
             f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {kind!r}; is fairseq installed?"
         )
     return _BUILDERS[kind](plan["source"], assets)
+
+
+def _view_of(match: Match) -> WeightView | None:
+    """The view that a matched Parameter has already, by whichever owner."""
+    views = (owner.module.__dict__.get("_qn_views", {}).get(owner.attribute) for owner in match.owners)
+    return next((view for view in views if view is not None), None)
 
 
 def _applied(model: nn.Module, verb: str) -> Recipe:

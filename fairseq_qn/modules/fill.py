@@ -105,20 +105,24 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
         setattr(parent, attribute, Dropped(name))
     for name, tensor in dense.items():
         _assign(model, name, tensor)
+    tied = {first: others for first, *others in ties}
+    packed: list[tuple[Weight, nn.Module, list[tuple[nn.Module, str]]]] = []
     for name, weight in layers.items():
-        if mode == "dense":
+        owners = [_home(model, key) for key in (name, *tied.get(name, ()))]
+        home = next((module for module, attribute in owners if attribute == "weight"), None)
+        if mode == "packed" and home is not None:
+            packed.append((weight, home, owners))
+        else:
             # Without gradient, as a view reads under no_grad: matmul folds batches by this flag, so the last bit depends on it.
             _assign(model, name, weight.dense()).requires_grad_(False)
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)
-    if mode == "packed":
-        tied = {first: others for first, *others in ties}
-        for name, weight in layers.items():
-            module, _ = _home(model, name)
-            weight.into(module)
-            for other in tied.get(name, ()):
-                tie(*_home(model, other), module)
+    for weight, home, owners in packed:
+        weight.into(home)
+        for module, attribute in owners:
+            if attribute in module._parameters:  # not the home, nor a module that goes by two names a second time
+                tie(module, attribute, home)
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> Tensor:

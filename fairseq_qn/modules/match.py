@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -25,8 +24,13 @@ class Owner:
 
     @property
     def key(self) -> str:
-        """Its state-dict key."""
-        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+        """Its first state-dict key."""
+        return self.keys[0]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of its state-dict keys: several where a module is registered under several names."""
+        return tuple(f"{name}.{self.attribute}" if name else self.attribute for name in self.names)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[lis
     """
     matches, coverage = [], Coverage()
     used: set[object] = set()
+    stages: set[str] = set()
     groups = owners_of(model)
     for owners in groups:
         size = owners[0].module._parameters[owners[0].attribute].numel()
@@ -105,13 +110,14 @@ def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[lis
         elif found is None:
             coverage.left[owners[0].key] = size
         else:
-            used.add(found.rule)
+            used.add(id(found.rule))  # not the rule: its twin further down takes nothing
+            stages.add(found.rule.stage)
             matches.append(found)
             coverage.matched[found.home.key] = (found.rule, size)
             if len(owners) > 1:
                 coverage.ties[found.home.key] = tuple(o.key for o in owners if o is not found.home)
     if strict:
-        _check_used(recipe, used, groups)
+        _check_used(recipe, used, stages, groups)
     return matches, coverage
 
 
@@ -132,12 +138,11 @@ def _rule(recipe: Recipe, owners: list[Owner]) -> Match | None:
     return None
 
 
-def _check_used(recipe: Recipe, used: Iterable[object], groups: list[list[Owner]]) -> None:
-    used = set(used)
+def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: list[list[Owner]]) -> None:
     known = [o.name for owners in groups for o in owners if isinstance(o.module, _TYPES) and o.attribute == "weight"]
     shown = ", ".join(known[:4]) + (f", ... ({len(known)})" if len(known) > 4 else "")
     for index, rule in enumerate(recipe.rules):
-        if rule not in used and not rule.optional:
+        if id(rule) not in used and not rule.optional:
             shadowed = any(re.fullmatch(rule.layers, name) for name in known)
             why = (
                 "every layer that it names is taken by `keep` or an earlier rule"
@@ -148,9 +153,9 @@ def _check_used(recipe: Recipe, used: Iterable[object], groups: list[list[Owner]
     for pattern in recipe.keep:
         if pattern not in used:
             raise NoLayerMatched(
-                f"keep {pattern!r}: no module with weights has such a name; quantisable layers: {shown}"
+                f"keep {pattern!r}: no module with weights has such a name, or an earlier line has them all; "
+                f"quantisable layers: {shown}"
             )
-    stages = {rule.stage for rule in used if isinstance(rule, Rule)}
     for stage in recipe.stages:
         if stage.name not in stages:
             raise NoLayerMatched(f"stage {stage.name!r}: its rules match no layer; quantisable layers: {shown}")

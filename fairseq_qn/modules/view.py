@@ -59,6 +59,9 @@ class WeightView:
             check_block_size(weight.shape, rule.block_size, name)
         else:
             integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
+        for buffer in self.buffer_names:
+            if hasattr(home, buffer):
+                raise UnsupportedError(f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it")
         home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
         if rule.scheme == "product":
             dtype = product.codes_dtype(self.n_centroids)

@@ -99,17 +99,15 @@ class Recipe:
         data, where = _read(source)
         if not isinstance(data, Mapping):
             raise RecipeError(f"{where}: expected a mapping with `rules`, found {type(data).__name__}")
-        if "layers_to_quantize" in data:
-            data = from_fairseq_yaml(data)
         try:
-            return _recipe(data)
+            return _recipe(from_fairseq_yaml(data) if "layers_to_quantize" in data else data)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `load` reads back to an equal recipe."""
         rules = [_without_defaults(rule) for rule in self.rules]
-        stages = [_without_defaults(stage) if stage.update or stage.epoch else stage.name for stage in self.stages]
+        stages = [_without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages]
         data = {"version": VERSION, "noise": asdict(self.noise), "rules": rules, "keep": self.keep, "stages": stages}
         return json.loads(json.dumps(data))  # lists for tuples
 
@@ -128,16 +126,18 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
     Doubled backslashes, as in fairseq's shipped example, are read as one: no module name holds a backslash.
     Patterns must match whole names. Block sizes come from `block_sizes` by attribute or by part of the name.
     """
+    _only(data, ("layers_to_quantize", "block_sizes", "n_centroids"), "fairseq's configuration")
     rules, stages = [], []
     patterns = data["layers_to_quantize"]
-    for index, pattern in enumerate([patterns] if isinstance(patterns, str) else patterns):
+    for index, pattern in enumerate(_list([patterns] if isinstance(patterns, str) else patterns, "layers_to_quantize")):
         stage = f"step{index}"
         stages.append(stage)
         pattern = str(pattern).replace("\\\\", "\\")
-        for module, sizes in data.get("block_sizes", {}).items():
-            counts = data.get("n_centroids", {}).get(module, {"key": "*", "value": {"*": 256}})
-            for name, where, size in _fairseq_cases(sizes):
-                for count_name, count_where, count in _fairseq_cases(counts):
+        sizes, counts = (_mapping(data.get(key) or {}, key) for key in ("block_sizes", "n_centroids"))
+        for module in sizes:
+            count_cases = _fairseq_cases(counts, module) if module in counts else [("", {}, 256)]
+            for name, where, size in _fairseq_cases(sizes, module, "block_sizes"):
+                for count_name, count_where, count in count_cases:
                     layers = "".join(f"(?=.*{re.escape(part)})" for part in (name, count_name) if part) + pattern
                     rules.append(
                         {
@@ -180,13 +180,13 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
     if data.get("version") != VERSION:
         raise RecipeError(f"version: expected {VERSION}, found {data.get('version')!r}")
     noise = _noise(data.get("noise"), "noise")
-    entries = data.get("rules")
-    if not isinstance(entries, list) or not entries:
-        raise RecipeError("rules: expected a list with at least one rule")
+    entries = _list(data.get("rules"), "rules")
+    if not entries:
+        raise RecipeError("rules: expected at least one rule, found none")
     rules = tuple(_rule(entry, f"rules[{i}]") for i, entry in enumerate(entries))
     named = list(dict.fromkeys(rule.stage for rule in rules))
-    stages = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(data.get("stages") or named))
-    keep = tuple(_pattern(entry, f"keep[{i}]") for i, entry in enumerate(data.get("keep") or ()))
+    stages = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(_list(data.get("stages") or named, "stages")))
+    keep = tuple(_pattern(entry, f"keep[{i}]") for i, entry in enumerate(_list(data.get("keep") or [], "keep")))
     order = [stage.name for stage in stages]
     if len(set(order)) < len(order):
         raise RecipeError(f"stages: each name once, found {order}")
@@ -224,6 +224,9 @@ def _rule(data: Any, where: str) -> Rule:
         )
     if values.get("module") not in (None, *MODULE_TYPES):
         raise RecipeError(f"{where}.module: expected one of {list(MODULE_TYPES)}, found {values['module']!r}")
+    _mapping(values.get("where", {}), f"{where}.where")
+    if not isinstance(values.get("optional", False), bool):
+        raise RecipeError(f"{where}.optional: expected true or false, found {values['optional']!r}")
     return Rule(**values)
 
 
@@ -238,7 +241,7 @@ def _noise(data: Any, where: str) -> Noise:
     knots = [[0, p]] if isinstance(p, (int, float)) else p
     try:
         knots = tuple((int(update), float(value)) for update, value in knots)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RecipeError(f"{where}.p: expected a number or [[update, p], ...], found {p!r}") from None
     if not knots or not all(0 <= value <= 1 for _, value in knots) or [*knots] != sorted(knots):
         raise RecipeError(f"{where}.p: expected probabilities in [0, 1] at rising updates, found {p!r}")
@@ -248,12 +251,13 @@ def _noise(data: Any, where: str) -> Noise:
 
 
 def _stage(data: Any, where: str) -> Stage:
-    if isinstance(data, str):
-        return Stage(data)
+    if not isinstance(data, Mapping):
+        return Stage(str(data))
     _only(data, ("name", "update", "epoch"), where)
-    if "name" not in data or ("update" in data and "epoch" in data):
+    at = [data[key] for key in ("update", "epoch") if key in data]
+    if "name" not in data or len(at) > 1 or any(type(n) is not int or n < 0 for n in at):
         raise RecipeError(f"{where}: expected a name, or {{name: , update: N}} or {{name: , epoch: N}}, found {data!r}")
-    return Stage(**data)
+    return Stage(str(data["name"]), **{key: data[key] for key in data if key != "name"})
 
 
 def _pattern(value: Any, where: str) -> str:
@@ -264,18 +268,32 @@ def _pattern(value: Any, where: str) -> str:
     return value
 
 
+def _list(value: Any, where: str) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{where}: expected a list, found {value!r}")
+    return value
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where}: expected a mapping, found {value!r}")
+    return value
+
+
 def _only(data: Any, known: list[str] | tuple[str, ...], where: str) -> None:
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{where}: expected a mapping, found {data!r}")
-    unknown = sorted(map(str, set(data) - set(known)))
+    unknown = sorted(map(str, set(_mapping(data, where)) - set(known)))
     if unknown:
         raise RecipeError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
 
 
-def _fairseq_cases(entry: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
+def _fairseq_cases(
+    entries: Mapping[str, Any], module: str, where: str = "n_centroids"
+) -> list[tuple[str, dict[str, Any], int]]:
     """(part of the name, attributes, value) of one {key, value} entry; the "*" case last, so that the first match wins."""
-    key, values = entry["key"], entry["value"]
-    cases = sorted(values.items(), key=lambda item: item[0] == "*")
+    entry = _mapping(entries[module], f"{where}.{module}")
+    if not isinstance(entry.get("key"), str) or not isinstance(entry.get("value"), Mapping):
+        raise RecipeError(f"{where}.{module}: expected {{key: NAME, value: {{...}}}}, found {entry!r}")
+    key, cases = entry["key"], sorted(entry["value"].items(), key=lambda item: item[0] == "*")
     if key == "fuzzy_name":
         return [("" if part == "*" else str(part), {}, value) for part, value in cases]
     return [("", {} if part == "*" else {key: part}, value) for part, value in cases]

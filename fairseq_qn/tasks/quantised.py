@@ -48,6 +48,7 @@ class QuantisedTask:
     """Mixin for a fairseq task class, before it in the bases."""
 
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
+    _micro: tuple[int, int] = (-1, 0)  # the last (update, micro-batch); an update that overflows in fp16 is tried again
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,7 @@ class QuantisedTask:
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """Freeze what is due by now, refresh what exact noise draws on."""
         super().begin_epoch(epoch, model)
-        self._quant_model, self._micro = model, (-1, 0)
+        self._quant_model = model
         if api.recipe_of(model) is None:
             return
         due = [name for name, (unit, at) in self._boundaries.items() if unit == "epoch" and epoch >= at]
@@ -90,11 +91,11 @@ class QuantisedTask:
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """What fairseq adds to a checkpoint, and hands back before the epoch in which training resumes."""
-        return {type(self).__name__: {"refreshed": self._refreshed}}
+        return {type(self).__name__: {"refreshed": self._refreshed, "micro": list(self._micro)}}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """The epoch at whose beginning the codes in the checkpoint were learned."""
-        self._refreshed = state["refreshed"]
+        """The epoch at whose beginning the codes in the checkpoint were learned, and the last micro-batch."""
+        self._refreshed, self._micro = state["refreshed"], tuple(state.get("micro", self._micro))
 
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int,
                    ignore_grad: bool = False) -> Any:  # fmt: skip

@@ -1,0 +1,69 @@
+"""The fp16 path, as far as a CPU can show it: fairseq's two fp16 optimizers over a model in half precision.
+
+Plain `--fp16` asks for a CUDA device in order to flatten its fp32 master weights, so it runs here with
+`--fp16-no-flatten-grads`; `--memory-efficient-fp16` has no masters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq_run import EACH, MLM, Run, differing, recipe, train, write_recipe
+
+from fairseq_qn.modules.view import FROZEN, views_of
+from fairseq_qn.quant import product
+
+STAGED = {"--quant-stage-updates": "2,3,6", "--max-update": 9, "--update-freq": 2}
+MASTERS = {"--fp16": None, "--fp16-no-flatten-grads": None, "--fp16-init-scale": 4}
+# the loss scale doubles after each update until one overflows, which is skipped and tried again at half the scale
+OVERFLOWING = {"--fp16": None, "--memory-efficient-fp16": None, "--fp16-scale-window": 1, "--fp16-init-scale": 2**12}
+
+
+@pytest.fixture(scope="module", params=["proxy", "exact"])
+def runs(request, data, tmp_path_factory) -> tuple[Run, Run]:
+    """The same staged training with fp16 weights over fp32 masters, and in fp32."""
+    folder = tmp_path_factory.mktemp("half")
+    path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe({"kind": request.param, "p": 0.2}))}
+    return train(folder / "fp16", data.lm, MLM, STAGED, path, MASTERS), train(folder / "fp32", data.lm, MLM, STAGED, path)
+
+
+def test_stages_and_losses_as_in_fp32(runs: tuple[Run, Run]) -> None:
+    half, full = runs
+    assert type(half.trainer.optimizer).__name__ == "FP16Optimizer"
+    assert {p.dtype for p in half.model.parameters()} == {torch.float16}
+    assert all(view.phase == FROZEN for view in views_of(half.model))
+    for key in ("loss", "qn_frozen_share", "qn_distortion_attn"):
+        ours, theirs = ([figures.get(key, 0) for figures in run.logged()] for run in runs)
+        assert ours == pytest.approx(theirs, abs=0.05), key
+    keys = {name: [(k, t.shape) for k, t in run.state()["model"].items()] for name, run in (("half", half), ("full", full))}
+    assert keys["half"] == keys["full"]
+
+
+def test_masters_move_the_codebooks(runs: tuple[Run, Run]) -> None:
+    """What the model reads is the mean, taken in fp32, of the blocks of its fp16 weights; the masters hold them finer."""
+    half, _ = runs
+    masters = {id(p16): p32 for p16, p32 in zip(half.trainer.optimizer.fp16_params, half.trainer.optimizer.fp32_params)}
+    for view in views_of(half.model):
+        master = masters[id(view.weight)]
+        assert master.dtype == torch.float32 and master.half().equal(view.weight) and not master.equal(view.weight.float())
+        codebook = product.codebook_of(view.weight.float(), view.groups, view.rule.block_size)
+        expected = product.decode(view.codes, codebook, view.weight.shape, view.padding_idx).half()
+        assert view.home.weight.equal(expected)
+
+
+def test_resume_with_overflows_is_bit_identical(data, tmp_path: Path, monkeypatch) -> None:
+    """A checkpoint may fall between an update that overflowed and its repetition, whose noise is another."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)  # fairseq puts the norm of an overflow on the GPU
+    path = write_recipe(tmp_path / "r.yaml", recipe({"kind": "exact", "p": 0.2, "refresh": 2}))
+    words = [data.lm, MLM, STAGED, OVERFLOWING, {"--quant-recipe": path}]
+    straight = train(tmp_path / "straight", words, EACH)
+    skipped = [text for _, text in straight.lines if "overflow detected" in text]
+    assert len(skipped) > 2, "some updates overflowed"
+    expected = straight.at(9)
+    wrong = {}
+    for update in (2, 3, 4, 6, 8):
+        resumed = train(tmp_path / str(update), words, {"--restore-file": straight.path(update)}).state()
+        wrong[update] = [differing(expected[key], resumed[key]) for key in ("model", "last_optimizer_state")]
+    assert wrong == {update: [[], []] for update in wrong}

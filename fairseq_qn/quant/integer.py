@@ -48,8 +48,9 @@ def quantize(
         raise NonFiniteWeight(f"{name}: holds NaN or Inf; quantise a finite weight")
     top = 2**bits - 1
     scale = (high / top - low / top).clamp(min=torch.finfo(torch.float32).tiny)  # divided first: 3e38 - -3e38 overflows
-    zero = (-low / scale).round().clamp(0, top)
-    levels = (rows / scale.unsqueeze(1)).round_().add_(zero.unsqueeze(1)).clamp_(0, top)
+    step = scale * (1 - 2**-20)  # both ends of the range round outward: without it a symmetric range can lose a level
+    zero = (-low / step).round().clamp(0, top)
+    levels = (rows / step.unsqueeze(1)).round_().add_(zero.unsqueeze(1)).clamp_(0, top)
     return Integers(levels.to(torch.uint8), scale, zero.to(torch.uint8))
 
 

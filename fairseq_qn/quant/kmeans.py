@@ -69,10 +69,10 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     if len(x) <= n_centroids:  # every block is its own codeword
         return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,))
     # Centred and scaled to 1, in which fp32 scores neither cancel (1e4 + noise) nor underflow (1e-7).
-    shift = x.double().mean(0)
-    centred = (x.double() - shift).float()
-    scale = float(centred.abs().max()) or 1.0
-    points = centred / scale
+    centred = x.double()
+    shift = centred.mean(0)
+    scale = float(centred.sub_(shift).abs().max()) or 1.0
+    points = centred.div_(scale).float()
     centroids = _draw(points, n_centroids, seed) if start is None else ((start.double() - shift) / scale).float()
     codes, history = _lloyd(points, centroids, iterations)
     codebook, _ = cluster_means(x, codes, n_centroids)

@@ -19,6 +19,12 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
     `args.layer_norm_eps`, which an imported checkpoint may carry, sets the eps of every LayerNorm (fairseq: 1e-5).
     """
 
+    @staticmethod
+    def add_args(parser: Any) -> None:
+        """fairseq's options, and the LayerNorm eps."""
+        roberta.RobertaModel.add_args(parser)
+        parser.add_argument("--layer-norm-eps", type=float, metavar="E", help="of every LayerNorm (fairseq 1e-5, BERT 1e-12)")
+
     @classmethod
     def build_model(cls, args: Any, task: Any) -> QNRobertaModel:
         """Build the model; args as fairseq's `roberta`, and optionally quant_recipe, layer_norm_eps."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.models import (
     ARCH_CONFIG_REGISTRY,
     ARCH_MODEL_INV_REGISTRY,
@@ -56,6 +57,12 @@ class QuantisedModel:
         heads = getattr(self, "classification_heads", {})
         sizes = {name: [head.out_proj.out_features, head.dense.out_features] for name, head in heads.items()}
         return {**source, "heads": sizes}, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
+
+    def load_state_dict(
+        self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
+    ) -> Any:
+        """As fairseq's; layers that are not to be kept (LayerDrop) go before the rest is fitted to the views."""
+        return super().load_state_dict(prune_state_dict(state_dict, model_cfg), strict, model_cfg, args)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is lost."""

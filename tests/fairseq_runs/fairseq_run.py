@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import train as fairseq_train
 from torch import Tensor
@@ -130,6 +131,29 @@ def train(folder: Path, *parts: Any, watch: Callable[[Any], None] | None = None)
     finally:
         fairseq_train.Trainer = original
     return run
+
+
+@dataclass
+class Built:
+    """What fairseq-train sets up before it trains, and the first batch."""
+
+    task: Any
+    model: Any
+    criterion: Any
+    sample: dict[str, Any]
+
+
+def build(*parts: Any) -> Built:
+    """The task, model, criterion and first training batch of a fairseq-train command line."""
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments(*parts))
+    cfg = convert_namespace_to_omegaconf(args)
+    np.random.seed(cfg.common.seed)  # noqa: NPY002  fairseq's masking draws from it
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    task.load_dataset("train")
+    batches = task.get_batch_iterator(task.dataset("train"), max_sentences=cfg.dataset.batch_size, seed=1)
+    return Built(task, model, task.build_criterion(cfg.criterion), next(batches.next_epoch_itr(shuffle=False)))
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def runs(request, data, tmp_path_factory) -> tuple[Run, Run]:
     """The same staged training with fp16 weights over fp32 masters, and in fp32."""
     folder = tmp_path_factory.mktemp("half")
     path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe({"kind": request.param, "p": 0.2}))}
-    return train(folder / "fp16", data.lm, MLM, STAGED, path, MASTERS), train(folder / "fp32", data.lm, MLM, STAGED, path)
+    return train(folder / "fp16", data.lm, MLM, STAGED, path, MASTERS), train(
+        folder / "fp32", data.lm, MLM, STAGED, path
+    )
 
 
 def test_stages_and_losses_as_in_fp32(runs: tuple[Run, Run]) -> None:
@@ -37,7 +39,9 @@ def test_stages_and_losses_as_in_fp32(runs: tuple[Run, Run]) -> None:
     for key in ("loss", "qn_frozen_share", "qn_distortion_attn"):
         ours, theirs = ([figures.get(key, 0) for figures in run.logged()] for run in runs)
         assert ours == pytest.approx(theirs, abs=0.05), key
-    keys = {name: [(k, t.shape) for k, t in run.state()["model"].items()] for name, run in (("half", half), ("full", full))}
+    keys = {
+        name: [(k, t.shape) for k, t in run.state()["model"].items()] for name, run in (("half", half), ("full", full))
+    }
     assert keys["half"] == keys["full"]
 
 
@@ -47,7 +51,9 @@ def test_masters_move_the_codebooks(runs: tuple[Run, Run]) -> None:
     masters = {id(p16): p32 for p16, p32 in zip(half.trainer.optimizer.fp16_params, half.trainer.optimizer.fp32_params)}
     for view in views_of(half.model):
         master = masters[id(view.weight)]
-        assert master.dtype == torch.float32 and master.half().equal(view.weight) and not master.equal(view.weight.float())
+        assert (
+            master.dtype == torch.float32 and master.half().equal(view.weight) and not master.equal(view.weight.float())
+        )
         codebook = product.codebook_of(view.weight.float(), view.groups, view.rule.block_size)
         expected = product.decode(view.codes, codebook, view.weight.shape, view.padding_idx).half()
         assert view.home.weight.equal(expected)

@@ -21,12 +21,14 @@ from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.models.describe import build_model, build_task
 from fairseq_qn.models.quantised import QuantisedModel
 from fairseq_qn.models.roberta import QNRobertaModel
+from fairseq_qn.models.stock import to_stock
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
 
 __all__ = [
     "QNRobertaModel",
     "QNTransformerLanguageModel",
     "QNTransformerModel",
+    "export_fairseq",
     "load_any",
     "load_checkpoint",
     "load_interface",
@@ -151,11 +153,28 @@ def load_checkpoint(
     if state.get("cfg") is None and state.get("args") is not None:
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-        state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
+        state["cfg"] = convert_namespace_to_omegaconf(state["args"])
+    state["args"] = None  # an old checkpoint's options; fairseq would build from them, and pass over what is changed here
     config = state["cfg"]
     _as_quantised(config, recipe, heads, path)
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
     return models[0].eval(), config, task
+
+
+def export_fairseq(path: str | Path, output: str | Path, data: str | None = None) -> dict[str, Any]:
+    """Write a qn_ checkpoint as a stock one: frozen layers by their decoded weights, all else exactly as it is stored.
+
+    Returns {"file", "architecture", "frozen_layers", "note"}; the note says what fairseq's own model cannot express. Raises as
+    load_checkpoint does, and UnsupportedError for a stock checkpoint.
+    """
+    model, config, _ = load_checkpoint(path, data)
+    stock, frozen = to_stock(torch.load(path, map_location="cpu", weights_only=True), model, str(path))
+    eps = getattr(config.model, "layer_norm_eps", None)
+    own_eps = isinstance(model, QNRobertaModel) and eps is not None and float(eps) != 1e-5
+    note = f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}" if own_eps else ""
+    checkpoint_utils.torch_persistent_save(stock, str(output))
+    made = getattr(stock["cfg"]["model"], "arch", None) or stock["cfg"]["model"]["_name"]
+    return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
 
 
 def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path) -> None:

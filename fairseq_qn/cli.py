@@ -1,4 +1,4 @@
-"""fairseq-qn: compress, inspect, verify, predict, import-hf.
+"""fairseq-qn: compress, inspect, verify, predict, import-hf, export-fairseq.
 
 Exit status 0: done. 1: the input is bad, said in one line on stderr. 2: wrong usage.
 """
@@ -110,6 +110,16 @@ def import_hf(args: argparse.Namespace) -> None:
     print(json.dumps(vars(report), default=str) if args.json else report)
 
 
+def export_fairseq(args: argparse.Namespace) -> None:
+    """A checkpoint of a qn_ model -> one that stock fairseq loads without the plugin."""
+    report = _hub().export_fairseq(args.checkpoint, args.output, args.data)
+    if args.json:
+        print(json.dumps(report))
+        return
+    decoded = f"{report['frozen_layers']} frozen layers decoded" if report["frozen_layers"] else "weights as they are"
+    print("\n".join(filter(None, (f"{args.output}: {report['architecture']}, {decoded}", report["note"]))))
+
+
 def _answer(interface: Any, line: str, args: argparse.Namespace) -> list[tuple[str, float | None]]:
     if not hasattr(interface, "classify"):
         return [(interface.translate(line, beam=args.beam), None)]
@@ -197,6 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import-hf", import_hf)
     sub.add_argument("folder", type=Path)
     sub.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint, e.g. DIR/model.pt")
+    sub = command("export-fairseq", export_fairseq)
+    sub.add_argument("checkpoint", type=Path, help="fairseq checkpoint (.pt) of a qn_ model")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the stock checkpoint")
+    sub.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
     return parser
 
 

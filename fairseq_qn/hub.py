@@ -154,7 +154,9 @@ def load_checkpoint(
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         state["cfg"] = convert_namespace_to_omegaconf(state["args"])
-    state["args"] = None  # an old checkpoint's options; fairseq would build from them, and pass over what is changed here
+    state["args"] = (
+        None  # an old checkpoint's options; fairseq would build from them, and pass over what is changed here
+    )
     config = state["cfg"]
     _as_quantised(config, recipe, heads, path)
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)

@@ -37,7 +37,7 @@ def stored(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_hundred_forwards_leave_no_trace(data, tmp_path: Path) -> None:
-    """fp32, 25 updates of 4 micro-batches at a learning rate of 0; upstream's hook would have zeroed the weights."""
+    """fp32, 30 updates of up to 4 micro-batches at a learning rate of 0; upstream's hook would have zeroed the weights."""
     before: dict[str, Tensor] = {}
     masks: list[str] = []
 
@@ -47,10 +47,10 @@ def test_a_hundred_forwards_leave_no_trace(data, tmp_path: Path) -> None:
         fc1.register_forward_pre_hook(lambda module, _: masks.append(drawn(module.weight)) if module.training else None)
 
     run = train(
-        tmp_path, data.lm, MLM, STANDING_STILL, {"--update-freq": 4, "--max-update": 25}, noisy(tmp_path), watch=watch
+        tmp_path, data.lm, MLM, STANDING_STILL, {"--update-freq": 4, "--max-update": 30}, noisy(tmp_path), watch=watch
     )
     assert differing(before, stored(run.model)) == []
-    assert len(masks) >= 25 * 4 - 3, "an epoch's last update may have fewer micro-batches"
+    assert len(masks) >= 100
     assert len(set(masks)) == len(masks), "a mask for each micro-batch"
 
 

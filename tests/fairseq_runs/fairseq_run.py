@@ -97,10 +97,11 @@ class Run:
         return self.state(self.path(update).name)
 
     def path(self, update: int) -> Path:
-        """Where the checkpoint after an update lies; at the end of an epoch fairseq names it after the epoch."""
+        """Where the checkpoint after an update lies; fairseq does not name it after the update at the end of an epoch."""
         found = list(self.folder.glob(f"checkpoint_*_{update}.pt"))
-        ends = [path for path in self.folder.glob("checkpoint?.pt") if not found]
-        found += [path for path in ends if self.state(path.name)["optimizer_history"][-1]["num_updates"] == update]
+        for path in [] if found else self.folder.glob("checkpoint*.pt"):
+            if self.state(path.name)["optimizer_history"][-1]["num_updates"] == update:
+                found.append(path)
         return found[0]
 
     @property
@@ -183,6 +184,7 @@ def command(*words: Any, cwd: Path, stdin: str = "", plugin: bool = True) -> sub
         (cwd / "blocked").mkdir(exist_ok=True)
         (cwd / "blocked" / "fairseq_qn.py").write_text("raise ImportError('the plugin is not to be imported here')\n")
         env["PYTHONPATH"] = str(cwd / "blocked")
+        env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # fairseq by itself cannot restore anything under torch >= 2.6
     return subprocess.run(
         [str(BIN / program), *rest],
         cwd=cwd,

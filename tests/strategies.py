@@ -40,7 +40,7 @@ def weights(draw: st.DrawFn, shape: st.SearchStrategy | None = None, dtypes: tup
 
 @st.composite
 def shapes_and_block_sizes(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
-    """A weight shape of Linear, Embedding or Conv2d (1x1, k x k with multiples and divisors), and a block size that tiles it."""
+    """A weight shape of Linear, Embedding or Conv2d (1x1, k x k with multiples and divisors) and a block size that tiles it."""
     rows, d, columns = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 3, 4, 8, 9])), draw(st.integers(1, 6))
     if draw(st.booleans()):
         return (rows, d * columns) + ((1, 1) if draw(st.booleans()) else ()), d

@@ -38,16 +38,24 @@ LEGAL = [
     ),
     (
         recipe(noise={"kind": "exact", "p": [[0, 0], [100, 0.5]], "refresh": 7}, stages=[{"name": "all", "epoch": 3}]),
-        Recipe((Rule(".*fc1", "product", "all"),), (Stage("all", epoch=3),), (), Noise("exact", ((0, 0.0), (100, 0.5)), 7)),
+        Recipe(
+            (Rule(".*fc1", "product", "all"),), (Stage("all", epoch=3),), (), Noise("exact", ((0, 0.0), (100, 0.5)), 7)
+        ),
     ),
     (
         with_rule(scheme="integer", bits=4, granularity="group", group_size=32, stage=5, noise={"kind": "none"}),
-        Recipe((Rule(".*fc1", "integer", "5", bits=4, granularity="group", group_size=32, noise=Noise()),), (Stage("5"),)),
+        Recipe(
+            (Rule(".*fc1", "integer", "5", bits=4, granularity="group", group_size=32, noise=Noise()),), (Stage("5"),)
+        ),
     ),
     (
         with_rule(module="Conv2d", where={"kernel_size": [3, 3]}, optional=True, n_centroids=65_536, block_size=9),
         Recipe(
-            (Rule(".*fc1", "product", "all", 9, 65_536, module="Conv2d", where={"kernel_size": [3, 3]}, optional=True),),
+            (
+                Rule(
+                    ".*fc1", "product", "all", 9, 65_536, module="Conv2d", where={"kernel_size": [3, 3]}, optional=True
+                ),
+            ),
             (Stage("all"),),
         ),
     ),
@@ -247,7 +255,10 @@ def test_fairseqs_yaml_by_attribute() -> None:
         ({"layers_to_quantize": 5}, "layers_to_quantize: expected a list, found 5"),
         ({"block_sizes": {"Linear": 8}}, "block_sizes.Linear: expected a mapping, found 8"),
         ({"block_sizes": {"Linear": {"value": {}}}}, "block_sizes.Linear: expected {key: NAME, value: {...}}"),
-        ({"n_centroids": {"Linear": {"key": "x", "value": 5}}}, "n_centroids.Linear: expected {key: NAME, value: {...}}"),
+        (
+            {"n_centroids": {"Linear": {"key": "x", "value": 5}}},
+            "n_centroids.Linear: expected {key: NAME, value: {...}}",
+        ),
         ({"block_sizes": None}, "rules: expected at least one rule"),
         ({"n_centroid": {}}, "fairseq's configuration: unknown n_centroid; known: layers_to_quantize"),
         ({"block_sizes": {"Linaer": {"key": "x", "value": {"*": 8}}}}, "rules[0].module: expected one of"),

@@ -146,6 +146,7 @@ def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: lis
             shadowed = any(re.fullmatch(rule.layers, name) for name in known)
             why = (
                 "every layer that it names is taken by `keep` or an earlier rule"
+                + (", or is not of its `module` and `where`" if rule.module or rule.where else "")
                 if shadowed
                 else "no layer has such a name"
             )

@@ -48,7 +48,9 @@ def test_a_transposed_weight_has_the_blocks_of_its_values() -> None:
         ((8, 1, 3, 3), 18, ["18 is 2 kernels of 9", "1 input channels"]),
     ],
 )
-def test_a_size_that_does_not_fit_names_layer_and_numbers(shape: tuple[int, ...], block_size: int, words: list[str]) -> None:
+def test_a_size_that_does_not_fit_names_layer_and_numbers(
+    shape: tuple[int, ...], block_size: int, words: list[str]
+) -> None:
     with pytest.raises(BlockSizeError) as error:
         check_block_size(shape, block_size, "encoder.layers.0.fc1.weight")
     message = str(error.value)

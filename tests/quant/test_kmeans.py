@@ -56,7 +56,9 @@ def gaussian(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@given(x=weights(st.tuples(st.integers(3, 60), st.integers(1, 5)), DTYPES), k=st.integers(2, 20), seed=st.integers(0, 99))
+@given(
+    x=weights(st.tuples(st.integers(3, 60), st.integers(1, 5)), DTYPES), k=st.integers(2, 20), seed=st.integers(0, 99)
+)
 def test_the_objective_never_rises_and_is_what_it_says(engine: str, x: Tensor, k: int, seed: int) -> None:
     with using(engine):
         runs = [kmeans(x, k, iterations=i, seed=seed) for i in range(1, 8)]
@@ -176,7 +178,7 @@ def test_very_many_codewords(k: int) -> None:
     assert run.codebook.shape == (k, 2) and int(run.codes.max()) == k - 1
 
 
-@given(value=st.sampled_from([float("nan"), float("inf"), -float("inf")]), place=st.integers(0, 39), dtype=st.sampled_from(DTYPES))
+@given(st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.integers(0, 39), st.sampled_from(DTYPES))
 def test_nan_and_inf_name_the_layer(value: float, place: int, dtype: torch.dtype) -> None:
     x = gaussian(10, 4).to(dtype)
     x.view(-1)[place] = value
@@ -227,7 +229,9 @@ def test_nearest_and_means_against_loops(x: Tensor, k: int, seed: int) -> None:
             codes = nearest(x, codebook)
             means, counts = cluster_means(x, codes, k)
         assert codes.dtype == torch.int32
-        torch.testing.assert_close(distances.gather(0, codes.long().unsqueeze(0))[0], distances.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            distances.gather(0, codes.long().unsqueeze(0))[0], distances.amin(0), rtol=1e-4, atol=1e-5
+        )
         assert counts.tolist() == [int((codes == j).sum()) for j in range(k)]
         for j in range(k):
             expected = x[codes == j].double().mean(0) if counts[j] else torch.zeros(x.shape[1]).double()

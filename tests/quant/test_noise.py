@@ -114,7 +114,9 @@ def test_schedule(knots: tuple[tuple[int, float], ...], update: int, p: float) -
     assert Noise("proxy", knots).at(update) == pytest.approx(p)
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=5).map(sorted), st.integers(-5, 60))
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=5).map(sorted), st.integers(-5, 60)
+)
 def test_a_schedule_stays_between_its_knots(knots: list[tuple[int, float]], update: int) -> None:
     p = Noise("proxy", tuple(knots)).at(update)
     assert min(v for _, v in knots) - 1e-12 <= p <= max(v for _, v in knots) + 1e-12

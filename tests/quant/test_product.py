@@ -22,7 +22,9 @@ def random_codes(weight: Tensor, block_size: int, k: int, seed: int) -> Tensor:
     return codes.to(product.codes_dtype(k))
 
 
-def project_by_hand(weight: Tensor, codes: Tensor, block_size: int, pad: int | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+def project_by_hand(
+    weight: Tensor, codes: Tensor, block_size: int, pad: int | None = None
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Each block replaced by the mean of those that share its code, in fp64, and the means; element by element."""
     blocks = [[weight[index].item() for index in block] for block in blocks_by_hand(weight, block_size)]
     flat, columns = codes.flatten().tolist(), codes.shape[1]
@@ -180,7 +182,9 @@ def test_nan_names_the_layer() -> None:
 @given(weights_and_block_sizes(), st.integers(1, 9), st.integers(0, 999))
 def test_encode_finds_the_codeword_that_a_block_is(case: Case, k: int, seed: int) -> None:
     weight, d = case
-    codebook = torch.randn(k, d, generator=torch.Generator().manual_seed(seed)).mul(4).round() + torch.arange(k).unsqueeze(1)
+    codebook = torch.randn(k, d, generator=torch.Generator().manual_seed(seed)).mul(4).round() + torch.arange(
+        k
+    ).unsqueeze(1)
     codebook = codebook.unique(dim=0)
     codes = random_codes(weight, d, len(codebook), seed)
     decoded = product.decode(codes, codebook, weight.shape)

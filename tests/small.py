@@ -1,0 +1,87 @@
+"""A small model that reads its weights in every way that a network does, and recipes for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+D, WORDS, PAD = 8, 20, 1
+
+
+class Attention(nn.Module):
+    """Projections that are never called: `.weight` is read, as fairseq's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        return F.multi_head_attention_forward(
+            x, x, x, D, 2, None, biases, None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias,
+            use_separate_proj_weight=True, q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )[0]  # fmt: skip
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.fc1, self.fc2, self.norm = Attention(), nn.Linear(D, 16), nn.Linear(16, D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
+
+
+class Net(nn.Module):
+    """ids [length, batch] -> scores [length, batch, WORDS]. The head reads the embedding's Parameter through its own name."""
+
+    def __init__(self, seed: int = 0, recompute: bool | None = None) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, D, padding_idx=PAD)
+        self.conv = nn.Conv2d(1, 12, 3, padding=1)
+        self.mix = nn.Conv2d(12, 1, 1)
+        self.block = Block()
+        self.head = nn.Linear(D, WORDS)
+        self.head.weight = self.embed.weight
+        self.recompute = recompute  # None, or the use_reentrant of torch's checkpointing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.mix(F.relu(self.conv(x.unsqueeze(1)))).squeeze(1)
+        x = self.block(x) if self.recompute is None else checkpoint(self.block, x, use_reentrant=self.recompute)
+        return F.linear(x, self.head.weight, self.head.bias)
+
+
+LAYERS = {
+    "embed": 4, "conv": 9, "mix": 2, "block.attn.q_proj": 4, "block.attn.k_proj": 4, "block.attn.v_proj": 4,
+    "block.attn.out_proj": 2, "block.fc1": 8, "block.fc2": 8,
+}  # fmt: skip
+STAGES = {"embed": "emb", "conv": "conv", "mix": "conv"}
+IDS = torch.tensor([[2, 5, 7], [19, 3, PAD], [4, PAD, PAD], [0, 6, 11]])
+
+
+def recipe(
+    *names: str, kind: str = "none", p: Any = 0.0, refresh: Any = "epoch", k: int = 5, **rule: Any
+) -> dict[str, Any]:
+    """A rule for each of the named layers, or all, in stages ffn, emb and conv, product unless `rule` says otherwise."""
+    rules = [
+        {
+            "layers": name.replace(".", r"\."), "scheme": "product", "block_size": LAYERS[name], "n_centroids": k,
+            "stage": STAGES.get(name, "ffn"), **rule,
+        }
+        for name in names or LAYERS
+    ]  # fmt: skip
+    return {"version": 1, "noise": {"kind": kind, "p": p, "refresh": refresh}, "rules": rules}
+
+
+def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    """A scalar that every weight moves."""
+    scores = model(ids)
+    return F.cross_entropy(scores.flatten(0, 1), ids.flip(0).flatten()) + scores.pow(2).mean()

@@ -41,6 +41,15 @@ LOOP = {"--batch-size": 8, "--optimizer": "adam", "--lr": 1e-3, "--lr-scheduler"
 
 MLM = {"--task": "qn_masked_lm", "--arch": "qn_roberta", "--criterion": "quantization_aware",
        "--wrapped-criterion": "masked_lm", "--tokens-per-sample": 32, **SIZE, **LOOP}  # fmt: skip
+CLASSES = {**MLM, "--task": "qn_sentence_prediction", "--wrapped-criterion": "sentence_prediction", "--num-classes": 2,
+           "--init-token": 0, "--separator-token": 2}  # fmt: skip
+del CLASSES["--tokens-per-sample"]
+LANGUAGE = {"--task": "qn_language_modeling", "--arch": "qn_transformer_lm", "--share-decoder-input-output-embed": None,
+            "--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy", "--tokens-per-sample": 32,
+            **LM_SIZE, **LOOP}  # fmt: skip
+PAIRS = {"--task": "qn_translation", "--arch": "qn_transformer", "--share-all-embeddings": None,
+         "--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy", **MT_SIZE, **LOOP}  # fmt: skip
+RESETS = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
 EACH = {"--save-interval-updates": 1, "--keep-interval-updates": -1}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import LM_SIZE, LOOP, MLM, MT_SIZE, build, differing, recipe, train, write_recipe
+from fairseq_run import LANGUAGE, MLM, PAIRS, build, differing, recipe, train, write_recipe
 from torch import Tensor
 
 import fairseq_qn
@@ -22,10 +22,6 @@ STANDING_STILL = {"--lr": 0, "--end-learning-rate": 0}
 
 
 FLAGS = {"--quant-noise-pq": 0.1, "--quant-noise-pq-block-size": 8}
-LANGUAGE = {"--task": "qn_language_modeling", "--arch": "qn_transformer_lm", "--share-decoder-input-output-embed": None,
-            "--tokens-per-sample": 32, **LM_SIZE, **LOOP}  # fmt: skip
-PAIRS = {"--task": "qn_translation", "--arch": "qn_transformer", "--share-all-embeddings": None, **MT_SIZE, **LOOP}
-CE = {"--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy"}
 
 
 def noisy(tmp_path: Path, **noise: Any) -> dict[str, Any]:
@@ -105,7 +101,7 @@ def test_evaluation_is_free_of_noise(data, tmp_path: Path) -> None:
 @pytest.mark.parametrize("noise", ["proxy", "exact"])
 def test_recompute_sees_the_same_noise(noise: str, data, tmp_path: Path) -> None:
     """--checkpoint-activations changes no gradient, but for the order of sums; another mask would change all of them."""
-    words = [data.pairs, PAIRS, CE, noisy(tmp_path, kind=noise)]
+    words = [data.pairs, PAIRS, noisy(tmp_path, kind=noise)]
     plain, spare = build(words), build(words, "--checkpoint-activations")
     again, other = gradients(plain, micro=1), gradients(plain, micro=2)
     recomputed = gradients(spare, micro=1)
@@ -125,7 +121,7 @@ def gradients(built: Any, micro: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [["--encoder-layerdrop", "0.5"], ["--checkpoint-activations"]], ids=lambda o: o[0])
 def test_stages_beside_other_options(options: list[str], data, tmp_path: Path) -> None:
-    words = [data.pairs, PAIRS, CE, noisy(tmp_path), options, {"--max-update": 6, "--quant-stage-updates": "3,4,5"}]
+    words = [data.pairs, PAIRS, noisy(tmp_path), options, {"--max-update": 6, "--quant-stage-updates": "3,4,5"}]
     first, second = (train(tmp_path / name, words) for name in "ab")
     assert first.logged()[-1]["qn_frozen_share"] == 1
     assert differing(first.state()["model"], second.state()["model"]) == []

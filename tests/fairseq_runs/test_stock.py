@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import MLM, Run, build, command, differing, recipe, train, write_recipe
+from fairseq_run import MLM, RESETS, Run, build, command, differing, recipe, train, write_recipe
 
 from fairseq_qn.cli import main
 from fairseq_qn.modules.view import views_of
@@ -108,7 +108,6 @@ def test_fairseq_trains_on_from_it(exported: dict[str, Pair], data, tmp_path: Pa
 def test_a_stock_checkpoint_loads_strictly(data, tmp_path: Path, tokens: torch.Tensor) -> None:
     """fairseq's trainer restores with strict=True; then the recipe's stages run as ever."""
     stock = train(tmp_path / "stock", data.lm, STOCK, {"--max-update": 3})
-    resets = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
     start: dict = {}
 
     def watch(trainer) -> None:
@@ -124,7 +123,7 @@ def test_a_stock_checkpoint_loads_strictly(data, tmp_path: Path, tokens: torch.T
 
     options = {"--restore-file": stock.path(3), "--max-update": 4, "--quant-stage-updates": "1,2,3"}
     options["--quant-recipe"] = write_recipe(tmp_path / "r.yaml", recipe())
-    ours = train(tmp_path / "ours", data.lm, MLM, options, resets, watch=watch)
+    ours = train(tmp_path / "ours", data.lm, MLM, options, RESETS, watch=watch)
     with torch.no_grad():
         assert start["logits"].equal(stock.model(tokens)[0])
     assert ours.logged()[-1]["qn_frozen_share"] == 1

@@ -58,6 +58,8 @@ def apply(
     for m, view in zip(matches, views, strict=True):
         for owner in m.owners:
             install(owner.module, owner.attribute, view)
+            if owner.module is view.home:
+                view.keys = owner.keys
     if before is None:
         model._qn_clock, model._qn_recipe = clock, recipe
         model.register_forward_pre_hook(Tick(clock))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fairseq_qn.errors import MismatchError
@@ -17,10 +18,8 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     A layer that is not frozen in `state` needs no codes: those that are missing, of another recipe, or of a layer that has no
     view here, give way to the model's own. A frozen layer has to fit; MismatchError says which does not.
     """
-    own = {_stem(view): view for view in views}
-    for phase_key in [
-        key for key in state if key.endswith("phase") and key[:-5] not in own and _dense_key(key[:-5]) in state
-    ]:
+    own = {stem: view for view in views for stem in _stems(view)}
+    for phase_key in [key for key in state if _is_phase(state, key) and key[:-5] not in own]:
         if int(state[phase_key]) == FROZEN:
             raise MismatchError(
                 f"{_dense_key(phase_key[:-5])}: frozen in the checkpoint, but the recipe gives it no rule; "
@@ -54,9 +53,15 @@ def _problem(state: dict[str, Any], stem: str, view: WeightView, wanted: dict[st
     return None if largest < view.n_centroids else f"expected codes below {view.n_centroids}, found {largest}"
 
 
-def _stem(view: WeightView) -> str:
-    """The key of a view's buffers up to `phase` or `codes`."""
-    return view.name[: len(view.name) - len(view.attribute)] + view.prefix
+def _stems(view: WeightView) -> list[str]:
+    """The keys of a view's buffers up to `phase` or `codes`."""
+    return [key[: -len(view.attribute)] + view.prefix for key in view.keys]
+
+
+def _is_phase(state: dict[str, Any], key: str) -> bool:
+    """Whether a key is a view's, and not of a module that has a phase of its own."""
+    named = key.endswith("phase") and _dense_key(key[:-5]) in state
+    return named and state[key].dtype == torch.uint8 and state[key].dim() == 0
 
 
 def _dense_key(stem: str) -> str:

@@ -68,13 +68,10 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
             raise UnsupportedError(f"save: drop: the model has no module {name!r}")
     dropped = tuple(f"{name}." for name in drop)
     by_parameter = {id(view.weight): view for view in views_of(model)}
-    views, ties, own = {}, [], set()  # own: keys of the views' buffers
+    views, ties = {}, []
     for owners in owners_of(model):
         keys = [key for owner in owners for key in owner.keys if not key.startswith(dropped)]
         view = by_parameter.get(id(owners[0].module._parameters[owners[0].attribute]))
-        if view is not None:
-            stems = [name for owner in owners if owner.module is view.home for name in owner.names]
-            own |= {f"{stem}.{name}" if stem else name for stem in stems for name in view.buffer_names}
         if view is not None and keys:
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
@@ -86,7 +83,8 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
         "dropped": list(drop), "source": source, "assets": {name: {"bytes": len(data)} for name, data in files.items()},
     }  # fmt: skip
-    skip = {*views, *own, *(other for _, *others in ties for other in others)}
+    skip = {*views, *(other for _, *others in ties for other in others)}
+    skip |= {key for view in views_of(model) for key in view.buffer_keys}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
     return Plan(content, views, dense, files)

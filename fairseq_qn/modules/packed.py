@@ -35,7 +35,7 @@ class Int:
     @property
     def weight(self) -> Tensor:
         """The de-quantised weight."""
-        return dequantize(Integers(self.levels, self.scale, self.zero), self.qn_shape)
+        return dequantize(Integers(self.levels, self.scale, self.zero), self.qn_shape, self.scale.dtype)
 
     def pack(self, integers: Integers, shape: tuple[int, ...]) -> None:
         """Take the place of the dense weight."""

@@ -52,6 +52,7 @@ class WeightView:
         weight = home._parameters[attribute]
         self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
         self.attribute = attribute
+        self.keys = (name,)  # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
@@ -85,6 +86,11 @@ class WeightView:
         """Names of this view's buffers on `home`."""
         names = ("phase", "codes") if self.rule.scheme == "product" else ("phase",)
         return tuple(self.prefix + name for name in names)
+
+    @property
+    def buffer_keys(self) -> tuple[str, ...]:
+        """State-dict keys of this view's buffers."""
+        return tuple(key[: -len(self.attribute)] + name for key in self.keys for name in self.buffer_names)
 
     @property
     def n_centroids(self) -> int:

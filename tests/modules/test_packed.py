@@ -1,0 +1,154 @@
+"""Compressed modules: what they compute, hold and survive, against the dense modules that they stand for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from strategies import hostile
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_qn.modules.conv import IntConv2d, PQConv2d
+from fairseq_qn.modules.embedding import IntEmbedding, PQEmbedding
+from fairseq_qn.modules.fill import IntegerWeight, ProductWeight
+from fairseq_qn.modules.linear import IntLinear, PQLinear
+from fairseq_qn.modules.packed import tie
+from fairseq_qn.quant import integer, product
+
+
+class Custom(nn.Linear):
+    """A user's own layer."""
+
+
+MODULES = {
+    "linear": lambda: nn.Linear(12, 10),
+    "embedding": lambda: nn.Embedding(10, 12),
+    "padded": lambda: nn.Embedding(10, 12, padding_idx=3),
+    "clipped": lambda: nn.Embedding(10, 12, max_norm=1.0),
+    "conv": lambda: nn.Conv2d(4, 10, 3, stride=2, padding=1, padding_mode="reflect"),
+    "conv1x1": lambda: nn.Conv2d(12, 10, 1),
+    "grouped": lambda: nn.Conv2d(8, 10, 3, groups=2),
+    "custom": lambda: Custom(12, 10),
+}
+KINDS = {
+    "linear": (PQLinear, IntLinear), "embedding": (PQEmbedding, IntEmbedding), "padded": (PQEmbedding, IntEmbedding),
+    "clipped": (PQEmbedding, IntEmbedding), "conv": (PQConv2d, IntConv2d), "conv1x1": (PQConv2d, IntConv2d),
+    "grouped": (PQConv2d, IntConv2d),
+}  # fmt: skip
+
+
+def weight_for(module: nn.Module, scheme: str, k: int = 7) -> ProductWeight | IntegerWeight:
+    weight = module.weight.detach()
+    block_size = 3 if weight.dim() == 2 or weight.shape[-1] == 1 else 9
+    if scheme == "integer":
+        return IntegerWeight(integer.quantize(weight, 5, "group", 12), tuple(weight.shape))
+    pad = getattr(module, "padding_idx", None)
+    codes, clusters = product.learn(weight, block_size, k, padding_idx=pad)
+    return ProductWeight(codes, clusters.codebook, tuple(weight.shape), pad)
+
+
+def packed_and_dense(name: str, scheme: str, k: int = 7) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    packed = MODULES[name]()
+    dense = copy.deepcopy(packed)
+    weight = weight_for(packed, scheme, k)
+    with torch.no_grad():
+        dense.weight.copy_(weight.dense())
+    weight.into(packed)
+    return packed, dense
+
+
+def inputs(module: nn.Module) -> Tensor:
+    if isinstance(module, nn.Embedding):
+        return torch.tensor([[3, 0, 9], [3, 3, 1]])
+    return torch.randn(2, module.in_channels, 9, 9) if isinstance(module, nn.Conv2d) else torch.randn(2, 5, 12)
+
+
+@pytest.mark.parametrize("scheme", ["product", "integer"])
+@pytest.mark.parametrize("name", MODULES)
+def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
+    packed, dense = packed_and_dense(name, scheme)
+    x = inputs(dense)
+    assert torch.equal(packed.weight, dense.weight) and torch.equal(packed(x), dense(x))
+    assert "weight" not in packed._parameters and not any(key.endswith("weight") for key in packed.state_dict())
+    base = type(dense)
+    assert isinstance(packed, base) and (name == "custom" or type(packed) is KINDS[name][scheme == "integer"])
+    if name == "padded" and scheme == "product":
+        assert not packed(torch.tensor(3)).any() and not packed.weight[3].any()
+
+
+@pytest.mark.parametrize("k", [2, 256, 257, 40_000])
+def test_an_embedding_with_codes_of_every_width(k: int) -> None:
+    table = hostile("normal", (7000, 6), 0)
+    codes = torch.randint(0, k, (7000, 2), generator=torch.Generator().manual_seed(0)).to(product.codes_dtype(k))
+    weight = ProductWeight(codes, hostile("normal", (k, 3), 1), (7000, 6), 5)
+    packed = nn.Embedding(7000, 6, padding_idx=5, _weight=table)
+    weight.into(packed)
+    for ids in (
+        torch.tensor([[5, 6999], [0, 5]]),
+        torch.tensor(5),
+        torch.tensor([], dtype=torch.long),
+        torch.tensor([4]).int(),
+    ):
+        assert torch.equal(packed(ids), F.embedding(ids, weight.dense()))
+
+
+@pytest.mark.parametrize("scheme", ["product", "integer"])
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_and_pickles(name: str, scheme: str) -> None:
+    packed, _ = packed_and_dense(name, scheme)
+    x = inputs(packed)
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(twin(x), packed(x)) and isinstance(twin, type(packed))
+        assert not {t.data_ptr() for t in twin.buffers()} & {t.data_ptr() for t in packed.buffers()}
+
+
+@pytest.mark.parametrize("scheme", ["product", "integer"])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_conversions(name: str, scheme: str, dtype: torch.dtype) -> None:
+    packed, dense = packed_and_dense(name, scheme)
+    x = inputs(dense)
+    expected = dense(x)
+    packed.to(dtype)
+    found = packed(x.to(dtype) if x.is_floating_point() else x)
+    assert found.dtype == packed.weight.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("scheme", ["product", "integer"])
+def test_a_tied_owner_reads_the_home_and_stays_tied_in_copies(scheme: str) -> None:
+    table, _ = packed_and_dense("padded", scheme)
+    model = nn.Module()
+    model.embed, model.head = table, nn.Linear(12, 10)
+    tie(model.head, "weight", model.embed)
+    assert set(model.state_dict()) == {f"embed.{name}" for name in table.state_dict()} | {"head.bias"}
+    x = torch.randn(2, 12)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.head(x), F.linear(x, twin.embed.weight, twin.head.bias))
+        assert twin.head._qn_home is twin.embed and isinstance(twin.head, nn.Linear)
+        next(twin.embed.buffers()).zero_()
+        assert torch.equal(twin.head.weight, twin.embed.weight)
+
+
+def test_only_what_is_asked_for_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = packed_and_dense("embedding", "product")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the whole table was decoded")
+
+    monkeypatch.setattr("fairseq_qn.modules.packed.decode", refuse)
+    packed(torch.tensor([1, 2]))
+    with pytest.raises(AssertionError):
+        packed.weight  # noqa: B018
+
+
+def test_it_is_smaller_in_memory() -> None:
+    layer = nn.Linear(768, 768, bias=False)
+    weight_for(layer, "product", 256).into(layer)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
+    assert not list(layer.parameters()) and held == 768 * 256 + 256 * 3 * 4

@@ -19,7 +19,7 @@ from fairseq_qn.tasks.quantised import QuantisedTaskConfig
 _OURS = "qn_"
 _CRITERION = "quantization_aware"
 _CRITERION_OPTIONS = ("wrapped_criterion", "teacher_checkpoint", "distill_weight", "distill_temperature")
-_OPTIONS = {*(f.name for f in fields(QuantisedTaskConfig)), *_CRITERION_OPTIONS} - {"_name", "store_ema", "ddp_backend"}
+_OPTIONS = {*(f.name for f in fields(QuantisedTaskConfig)), *_CRITERION_OPTIONS} - {"_name"}
 
 
 def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[str, Any], int]:

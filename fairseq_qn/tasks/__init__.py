@@ -1,3 +1,5 @@
 """fairseq's tasks with quantisation noise and stages."""
 
-from fairseq_qn.tasks import fairseq_tasks, wordpiece  # noqa: F401
+from fairseq_qn.tasks import fairseq_tasks, numpy2, wordpiece  # noqa: F401
+
+numpy2.allow()

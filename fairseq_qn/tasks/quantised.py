@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import II, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 from tqdm import tqdm
 
 from fairseq_qn import api
@@ -39,9 +39,6 @@ class QuantisedTaskConfig(FairseqDataclass):
         default=None, metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"}
     )
     quant_iterations: int = field(default=20, metadata={"help": "iterations of k-means when a stage is frozen"})
-    # Under fairseq's own names: its parser turns the text of an interpolation under any other into True.
-    store_ema: bool = II("ema.store_ema")
-    ddp_backend: str = II("distributed_training.ddp_backend")
 
 
 class QuantisedTask:
@@ -161,12 +158,19 @@ def _boundaries(recipe: Recipe, config: Any) -> dict[str, tuple[str, int]]:
 
 
 def _refuse_unsupported(cfg: Any) -> None:
-    if getattr(cfg, "store_ema", False):
+    """What the views cannot live with, from the other groups of options.
+
+    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for True.
+    """
+    parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
+    if parent is None:
+        return
+    if OmegaConf.select(parent, "ema.store_ema"):
         raise UnsupportedError(
             "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes means nothing. "
             "Train without --store-ema"
         )
-    if str(getattr(cfg, "ddp_backend", "")) == "fully_sharded":
+    if OmegaConf.select(parent, "distributed_training.ddp_backend") == "fully_sharded":
         raise UnsupportedError(
             "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d"
         )

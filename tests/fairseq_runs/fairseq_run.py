@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -9,7 +11,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 import yaml
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import eval_lm as fairseq_eval_lm
+from fairseq_cli import generate as fairseq_generate
 from fairseq_cli import train as fairseq_train
 from torch import Tensor
 
@@ -37,7 +40,8 @@ LM_SIZE = {
 }
 MT_SIZE = {**LM_SIZE, **{key: size for key, size in SIZE.items() if key != "--max-positions"}}
 LOOP = {"--batch-size": 8, "--optimizer": "adam", "--lr": 1e-3, "--lr-scheduler": "polynomial_decay", "--warmup-updates": 2,
-        "--total-num-update": 40, "--log-format": "json", "--log-interval": 1, "--num-workers": 0, "--seed": 3}  # fmt: skip
+        "--total-num-update": 40, "--log-format": "json", "--log-interval": 1, "--num-workers": 0, "--seed": 3,
+        "--required-batch-size-multiple": 1}  # fmt: skip
 
 MLM = {"--task": "qn_masked_lm", "--arch": "qn_roberta", "--criterion": "quantization_aware",
        "--wrapped-criterion": "masked_lm", "--tokens-per-sample": 32, **SIZE, **LOOP}  # fmt: skip
@@ -143,6 +147,18 @@ def train(folder: Path, *parts: Any, watch: Callable[[Any], None] | None = None)
     return run
 
 
+def evaluate(program: str, *parts: Any) -> tuple[Any, list[tuple[str, str]], list[str]]:
+    """fairseq-generate or fairseq-eval-lm in this process: (what it returns, what it logged, what it printed)."""
+    module = {"fairseq-generate": fairseq_generate, "fairseq-eval-lm": fairseq_eval_lm}[program]
+    make = {"fairseq-generate": options.get_generation_parser, "fairseq-eval-lm": options.get_eval_lm_parser}[program]
+    args = options.parse_args_and_arch(make(), input_args=arguments(*parts, "--cpu"))
+    lines: list[tuple[str, str]] = []
+    printed = io.StringIO()
+    with listening(lines), contextlib.redirect_stdout(printed):
+        result = module.main(convert_namespace_to_omegaconf(args))
+    return result, lines, printed.getvalue().splitlines()
+
+
 @dataclass
 class Built:
     """What fairseq-train sets up before it trains, and the first batch."""
@@ -166,7 +182,7 @@ def build(*parts: Any) -> Built:
     return Built(task, model, task.build_criterion(cfg.criterion), next(batches.next_epoch_itr(shuffle=False)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def listening(lines: list[tuple[str, str]]) -> Iterator[None]:
     """Append (logger, message) of everything that is logged at INFO or above."""
 

@@ -1,0 +1,25 @@
+"""fairseq under numpy 2: its language models cannot answer a sentence, because the name np.compat.long is gone."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fairseq.data import language_pair_dataset, token_block_dataset
+
+
+class _Numpy(ModuleType):
+    """numpy with its former `compat`, for the two modules of fairseq that ask for it; numpy itself stays as it is."""
+
+    compat = SimpleNamespace(long=np.int64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+def allow() -> None:
+    """Give fairseq the name back, where numpy lacks it."""
+    if not hasattr(np, "compat"):
+        for module in (language_pair_dataset, token_block_dataset):
+            module.np = _Numpy("numpy")

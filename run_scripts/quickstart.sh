@@ -18,22 +18,34 @@ step() { # step NAME COMMAND...: once only; its output goes to OUT/NAME.log
     shift
     [ ! -f "$out/$name.done" ] || return 0
     if ! "$@" >"$out/$name.log" 2>&1; then
-        printf 'quickstart: %-40s FAILED after %d s\n' "$name" $((SECONDS - started))
+        printf 'quickstart:   %-20s FAILED after %d s\n' "$name" $((SECONDS - started))
         tail -n 15 "$out/$name.log" >&2
         return 1
     fi
-    printf 'quickstart: %-40s %4d s\n' "$name" $((SECONDS - started)) | tee "$out/$name.done"
+    printf 'quickstart:   %-20s %4d s\n' "$name" $((SECONDS - started)) | tee "$out/$name.done"
 }
 
-both() { # both PID PID: waits for two steps; fails if one did
-    local status=0 pid
-    for pid; do wait "$pid" || status=1; done
-    return $status
+running=()
+beside() { # beside COMMAND...: starts it in a process group of its own, which an interrupt of this script ends too
+    set -m
+    "$@" &
+    running+=($!)
+    set +m
 }
+finish() { # waits for all that `beside` started
+    local pid
+    for pid in "${running[@]}"; do wait "$pid"; done
+    running=()
+}
+trap 'for pid in ${running[@]+"${running[@]}"}; do kill -- "-$pid" 2>/dev/null || true; done' EXIT
+trap 'exit 130' INT TERM
+
+say() { echo "quickstart: $*"; }
 
 cores=$("$py" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-threads=$((cores > 8 ? 8 : cores))        # a model this small does not keep more cores busy
-half=$((threads > 1 ? threads / 2 : 1))   # for two runs side by side
+threads=$((cores > 8 ? 8 : cores))      # a model this small keeps no more cores busy
+half=$((threads > 1 ? threads / 2 : 1)) # for two runs side by side
+export OMP_WAIT_POLICY=passive          # threads that wait by spinning made a machine with other work four times slower
 
 train() { # train NAME UPDATES LR OPTIONS...; a checkpoint_last.pt in OUT/NAME is gone on from
     local name=$1 updates=$2 lr=$3
@@ -48,10 +60,10 @@ train() { # train NAME UPDATES LR OPTIONS...; a checkpoint_last.pt in OUT/NAME i
         --log-format simple --log-interval 100 "$@"
 }
 
-classify() { # classify NAME OPTIONS...: fine-tuning from the pre-trained model; 297 updates are an epoch of 9,496 sentences
+classify() { # classify NAME OPTIONS...: fine-tuning from the pre-trained model, 6 epochs of 297 updates
     local name=$1
     shift
-    OMP_NUM_THREADS=$half train "$name" "$finetune_updates" 5e-4 "$out/data/classify" \
+    OMP_NUM_THREADS=$half train "$name" 1782 5e-4 "$out/data/classify" \
         --task qn_sentence_prediction --num-classes 77 --init-token 0 --no-shuffle --batch-size 32 --pooler-dropout 0.1 \
         --finetune-from-model "$out/pretrained/checkpoint_last.pt" "$@"
 }
@@ -66,40 +78,38 @@ score() { # score NAME FILE: size on disk and accuracy on the test sentences, in
         -o "$out/$1.json"
 }
 
-pretrain_updates=240
-finetune_updates=1782
-
 # 1. text -> pieces -> what fairseq reads
+say "a dictionary of 1,000 pieces, and the sentences as fairseq reads them"
 step data "$py" run_scripts/quickstart_data.py run_scripts/data/banking77 "$out/data"
 
-# 2. masked language modelling with Quant-Noise; complete_doc: a sentence a sample
+# 2. masked language modelling with Quant-Noise. complete_doc: each sample is one sentence; with several packed into one,
+#    as other modes do, <s> learned nothing of its sentence, and fine-tuning got worse than from scratch
+say "pre-training with noise"
 export OMP_NUM_THREADS=$threads
-step pretrained train pretrained $pretrain_updates 1e-3 "$out/data/pretrain" --task qn_masked_lm --criterion masked_lm \
+step pretrained train pretrained 240 1e-3 "$out/data/pretrain" --task qn_masked_lm --criterion masked_lm \
     --tokens-per-sample 64 --sample-break-mode complete_doc --mask-prob 0.25 --max-tokens 1024 --quant-recipe "$recipe"
 
-# 3. fine-tuning, twice from that model and side by side: dense (no noise, nothing frozen), and with noise and a stage
-#    frozen after 800, 1,100 and 1,400 updates; the same updates, learning rates and order of batches
-step dense classify dense --criterion sentence_prediction &
-dense=$!
-step staged classify staged --quant-recipe "$recipe" --quant-stage-updates 800,1100,1400 \
-    --criterion quantization_aware --wrapped-criterion sentence_prediction &
-both $dense $!
+# 3. fine-tuning, twice from that model: dense (no noise, nothing frozen), and with noise and three stages. Both take the
+#    same updates, learning rates and batches in the same order, and none is chosen by its score: the last update counts
+say "fine-tuning twice, side by side, for minutes: dense, and in stages ($out/staged.log)"
+beside step dense classify dense --criterion sentence_prediction
+beside step staged classify staged --quant-recipe "$recipe" --quant-stage-updates 800,1100,1400 \
+    --criterion quantization_aware --wrapped-criterion sentence_prediction
+finish
 
-# 4. the files: frozen while training went on, and for comparison the dense model frozen at once
+# 4. the files: that of the stages, and for comparison the dense model frozen at once; each read again by a new process
+say "writing the files and reading them again"
 export OMP_NUM_THREADS=$half
-step compress small "$out/staged/checkpoint_last.pt" "$out/quickstart.qn.safetensors" &
-staged=$!
-step compress_at_once small "$out/dense/checkpoint_last.pt" "$out/at_once.qn.safetensors" &
-both $staged $!
-
-# 5. each read again in a process of its own
-step score_dense score dense "$out/dense/checkpoint_last.pt" &
-dense=$!
-step score_small score staged "$out/quickstart.qn.safetensors" &
-both $dense $!
+beside step compress small "$out/staged/checkpoint_last.pt" "$out/quickstart.qn.safetensors"
+beside step compress_at_once small "$out/dense/checkpoint_last.pt" "$out/at_once.qn.safetensors"
+finish
+beside step score_dense score dense "$out/dense/checkpoint_last.pt"
+beside step score_staged score staged "$out/quickstart.qn.safetensors"
+finish
 step score_at_once score at_once "$out/at_once.qn.safetensors"
-"$py" run_scripts/quickstart_report.py table "$out/dense.json" "$out/at_once.json" "$out/staged.json" -o "$out/result"
+"$py" run_scripts/quickstart_report.py table "$out/dense.json" "$out/at_once.json" "$out/staged.json" \
+    --logs "$out/dense.log" "$out/staged.log" -o "$out/result"
 
 [ $# -gt 0 ] || set -- "where is my new card?" "i was charged twice for one purchase" "how do i change my pin"
 .venv/bin/fairseq-qn predict "$out/quickstart.qn.safetensors" "$@" 2>/dev/null
-echo "quickstart: $out/quickstart.qn.safetensors, $out/result.png, $out/result.json; $((SECONDS - begun)) s in all"
+say "$out/quickstart.qn.safetensors, $out/result.png, $out/result.json; $((SECONDS - begun)) s in all"

@@ -7,6 +7,7 @@ quickstart_report.py table JSON ... -o OUT                         prints, and w
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ NAMES = {
     "at_once": "frozen at once, no fine-tuning",
     "staged": "noise, three stages",
 }
+STYLES = {"dense": ("s", "tab:blue"), "at_once": ("X", "tab:orange"), "staged": ("o", "tab:green")}
 
 
 def open_model(path: Path, data: Path) -> Any:
@@ -85,29 +87,46 @@ def table(args: argparse.Namespace) -> None:
     print(f"accuracy on {dense['sentences']:,} test sentences; the small files hold everything that answers: "
           "dictionary,\npieces and names of the labels too; the dense one its weights alone\n")  # fmt: skip
     args.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, args.output.with_suffix(".png"))
+    plot(rows, args.logs, args.output.with_suffix(".png"))
 
 
-def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy against bytes on disk."""
+def plot(rows: dict[str, dict[str, Any]], logs: list[Path], path: Path) -> None:
+    """Left: accuracy against bytes on disk. Right: accuracy while training, a dotted line where a stage was frozen."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for (name, row), marker in zip(rows.items(), "sXo", strict=False):
-        axes.scatter(row["bytes"] / 1e6, row["accuracy"], marker=marker, s=70, zorder=3, label=NAMES.get(name, name))
-        axes.annotate(f"{row['accuracy']:.1f}%, {row['bytes'] / 1e6:.2f} MB", (row["bytes"] / 1e6, row["accuracy"]),
-                      xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-    axes.set(xscale="log", xlabel="MB on disk (10$^6$ bytes)", ylabel="accuracy on the test sentences, %")
-    axes.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20], labels=["0.2", "0.5", "1", "2", "5", "10", "20"])
-    axes.minorticks_off()
-    axes.margins(0.25)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=9)
-    axes.set_title("banking77: 77 intents, one small RoBERTa", fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (name, row), (marker, colour) in zip(rows.items(), STYLES.values(), strict=True):
+        at = (row["bytes"] / 1e6, row["accuracy"])
+        left.scatter(*at, marker=marker, color=colour, s=70, zorder=3, label=NAMES.get(name, name))
+        left.annotate(f"{at[1]:.1f}%, {at[0]:.2f} MB", at, xytext=(0, 9), textcoords="offset points", ha="center")
+    left.set(xscale="log", xlabel="MB on disk (10$^6$ bytes)", ylabel="accuracy on the test sentences, %")
+    left.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20], labels=["0.2", "0.5", "1", "2", "5", "10", "20"])
+    left.minorticks_off()
+    left.margins(0.25)
+    left.legend(loc="lower right")
+    for log in logs:
+        marker, colour = STYLES[log.stem]
+        points, stages = training(log)
+        right.plot(*zip(*points, strict=True), marker=marker, color=colour, label=log.stem)
+        for update, stage in stages:
+            right.axvline(update, color=colour, linestyle=":")
+            right.text(update, 0.02, f" {stage}", color=colour, transform=right.get_xaxis_transform())
+    right.set(xlabel="updates of fine-tuning", ylabel="accuracy on the validation sentences, %")
+    right.legend(loc="center right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def training(log: Path) -> tuple[list[tuple[int, float]], list[tuple[int, str]]]:
+    """([(update, validation accuracy)], [(update, stage frozen then)]) from what fairseq-train printed."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    points = re.findall(r"\| valid \|.*? accuracy ([\d.]+).*? num_updates (\d+)", text)
+    stages = re.findall(r"update (\d+): stage (\w+) frozen", text)
+    return [(int(update), float(accuracy)) for accuracy, update in points], [(int(u), name) for u, name in stages]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.set_defaults(function=score)
     sub = commands.add_parser("table", help=table.__doc__)
     sub.add_argument("scores", nargs="+", type=Path)
+    sub.add_argument("--logs", nargs="*", type=Path, default=[], help="of the training runs of the same names")
     sub.add_argument("-o", "--output", type=Path, required=True, help="without suffix")
     sub.set_defaults(function=table)
     args = parser.parse_args(argv)

@@ -164,7 +164,7 @@ class File:
         dense = {
             name: codec.widened(tensors[name], plan["exponents"].get(name, 0)) for name in manifest.dense_names(plan)
         }
-        layers = {name: _decode(name, entry, tensors) for name, entry in plan["layers"].items()}
+        layers = {name: self._decode(name, entry) for name, entry in plan["layers"].items()}
         if model is None:
             model = _build(plan, self.assets, self.path)
         shapes = {name: tuple(t.shape) for name, t in dense.items()} | {
@@ -173,6 +173,16 @@ class File:
         check_fits(model, shapes, plan["ties"], plan["dropped"])
         fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
         return model.eval()
+
+    def _decode(self, name: str, entry: dict[str, Any]) -> Weight:
+        parts = {part: self.tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
+        shape = tuple(entry["shape"])
+        try:
+            if entry["scheme"] == "product":
+                return ProductWeight(*codec.decode_product(entry, parts), shape, entry["padding_idx"])
+            return IntegerWeight(codec.decode_integer(entry, parts), shape)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {name}: {error}") from None
 
 
 def read(path: str | Path) -> File:
@@ -209,21 +219,13 @@ def figures(model: nn.Module) -> dict[str, float]:
     return result
 
 
-def _decode(name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
-    parts = {part: tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
-    shape = tuple(entry["shape"])
-    if entry["scheme"] == "product":
-        return ProductWeight(*codec.decode_product(name, entry, parts), shape, entry["padding_idx"])
-    return IntegerWeight(codec.decode_integer(name, entry, parts), shape)
-
-
 def _build(plan: Mapping[str, Any], assets: dict[str, bytes], path: str | Path) -> nn.Module:
     kind = plan["source"].get("builder") if plan["source"] else None
     if kind is None:
         raise UnsupportedError(
             f"{path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)"
         )
-    if kind not in _BUILDERS:
+    if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
             f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {kind!r}; is fairseq installed?"
         )

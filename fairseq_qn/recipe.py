@@ -15,6 +15,7 @@ from fairseq_qn.errors import RecipeError
 
 VERSION = 1
 MAX_CENTROIDS = 65_536
+MAX_BLOCK_SIZE = 4096
 SCHEMES = ("product", "integer")
 NOISE_KINDS = ("none", "proxy", "exact")
 GRANULARITIES = ("tensor", "channel", "group")
@@ -210,7 +211,7 @@ def _rule(data: Any, where: str) -> Rule:
     if data.get("noise") is not None:
         values["noise"] = _noise(data["noise"], f"{where}.noise")
     for key, low, high in (
-        ("block_size", 1, 4096),
+        ("block_size", 1, MAX_BLOCK_SIZE),
         ("n_centroids", 2, MAX_CENTROIDS),
         ("bits", 2, 8),
         ("group_size", 1, 65536),

@@ -45,6 +45,8 @@ class Net(nn.Module):
         torch.manual_seed(seed)
         super().__init__()
         self.embed = nn.Embedding(WORDS, D, padding_idx=PAD)
+        with torch.no_grad():
+            self.embed.weight.mul_(D**-0.5)  # as fairseq, so that scores are of the order of 1
         self.conv = nn.Conv2d(1, 12, 3, padding=1)
         self.mix = nn.Conv2d(12, 1, 1)
         self.block = Block()

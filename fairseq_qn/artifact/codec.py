@@ -73,19 +73,19 @@ def encode_integer(entry: Entry, integers: Integers) -> dict[str, Tensor]:
     return {"levels": pack(integers.levels, entry["bits"]), "scale": integers.scale, "zero": integers.zero}
 
 
-def decode_product(name: str, entry: Entry, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def decode_product(entry: Entry, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(codes [out_features, blocks a row], codebook fp32 [K, d]). Raises FormatError for a code beyond K."""
     k, shape = entry["n_centroids"], entry["shape"]
     codes = unpack(parts["codes"], code_bits(k), prod(shape) // entry["block_size"])
     largest = int(codes.max()) if codes.numel() else 0
     if largest >= k:
-        raise FormatError(f"{name}: expected codes below {k}, found {largest}; the file is damaged, fetch it again")
+        raise FormatError(f"expected codes below {k}, found {largest}; the file is damaged, fetch it again")
     return codes.to(codes_dtype(k)).reshape(shape[0], -1), widened(parts["codebook"], entry["exponent"])
 
 
-def decode_integer(name: str, entry: Entry, parts: Mapping[str, Tensor]) -> Integers:
+def decode_integer(entry: Entry, parts: Mapping[str, Tensor]) -> Integers:
     """The integers of a weight."""
-    rows, columns = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"], name)
+    rows, columns = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
     levels = unpack(parts["levels"], entry["bits"], rows * columns).reshape(rows, columns)
     return Integers(levels, parts["scale"], parts["zero"])
 

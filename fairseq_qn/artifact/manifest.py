@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairseq_qn.artifact import codec
+from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import BlockSizeError, FormatError
 from fairseq_qn.quant.blocks import check_block_size
-from fairseq_qn.recipe import GRANULARITIES, MAX_CENTROIDS
+from fairseq_qn.recipe import GRANULARITIES, MAX_BLOCK_SIZE, MAX_CENTROIDS
 
 VERSION = 1
 ASSET = "asset:"
@@ -56,6 +56,7 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
             raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {exponent!r}")
     for name, entry in manifest["layers"].items():
         _check_layer(name, entry, manifest, path)
+    _check_names(manifest, path)
 
 
 def asset_tensor(data: bytes) -> Tensor:
@@ -97,9 +98,8 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
     damaged = f"{path}: layer {name!r}: {{}}; the file is damaged, fetch it again"
     if not isinstance(entry, dict) or not _sizes(entry.get("shape")) or len(entry["shape"]) < 2:
         raise FormatError(damaged.format("expected a shape of two or more sizes"))
-    n = prod(entry["shape"])
     if entry.get("scheme") == "product":
-        bounds = {"block_size": (1, n), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
+        bounds = {"block_size": (1, MAX_BLOCK_SIZE), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
         padding = entry.get("padding_idx")
         legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
     elif entry.get("scheme") == "integer":
@@ -122,6 +122,23 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
         if found is None or [found["dtype"], list(found["shape"])] != expected:
             shown = "none" if found is None else f"{found['dtype']} {found['shape']}"
             raise FormatError(damaged.format(f"{part}: expected {expected[0]} {expected[1]}, found {shown}"))
+
+
+def _check_names(manifest: Mapping[str, Any], path: str) -> None:
+    """Ties and dropped modules are lists of names, and each weight is stored once."""
+    stored = {*manifest["layers"], *dense_names(manifest)}
+    dropped, ties = manifest["dropped"], manifest["ties"]
+    if not all(isinstance(name, str) and name for name in dropped):
+        raise FormatError(f"{path}: dropped: expected names of modules, found {short(dropped)}; the file is damaged")
+    twice = manifest["layers"].keys() & manifest["tensors"].keys()
+    for names in ties:
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or stored & {*names} != {*names[:1]}:
+            raise FormatError(
+                f"{path}: ties: expected names of one weight, stored under the first, found {short(names)}; "
+                "the file is damaged, fetch it again"
+            )
+    if twice:
+        raise FormatError(f"{path}: {short(min(twice))}: stored dense and quantised; the file is damaged, fetch it again")
 
 
 def _sizes(shape: Any) -> bool:

@@ -77,6 +77,10 @@ def check_fits(
     model: nn.Module, shapes: Mapping[str, Sequence[int]], ties: Sequence[Sequence[str]], dropped: Sequence[str]
 ) -> None:
     """Raise MismatchError unless `shapes` (name -> shape, ties by their first name) are exactly the model's tensors."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name in dropped:
+        if name not in modules:
+            raise MismatchError(f"{name}: left out of the file, but the model has no such module; load it into its own model")
     wanted = {name: list(t.shape) for name, t in model.state_dict(keep_vars=True).items() if not _under(name, dropped)}
     found = {name: list(shape) for name, shape in shapes.items()}
     found |= {other: found[first] for first, *others in ties for other in others if first in found}

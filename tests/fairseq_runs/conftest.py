@@ -15,7 +15,7 @@ pytest.importorskip("fairseq")
 
 from fairseq import options
 from fairseq_cli import preprocess
-from fairseq_run import sentences
+from fairseq_run import CLASSES, MLM, Run, recipe, sentences, train, write_recipe
 
 import fairseq_qn  # noqa: F401
 
@@ -84,3 +84,24 @@ def _binarise(root: Path, ending: str, target: Path, *more: str, pair: bool = Fa
     before = list(logging.getLogger("fairseq_cli.preprocess").handlers)
     preprocess.main(options.get_preprocessing_parser().parse_args(words))
     logging.getLogger("fairseq_cli.preprocess").handlers = before
+
+
+@pytest.fixture(scope="session")
+def masked(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A masked LM, frozen in three stages."""
+    folder = tmp_path_factory.mktemp("masked")
+    options = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "10,12,14"}
+    return train(folder, data.lm, MLM, options, {"--max-update": 20, "--lr": 1e-2})
+
+
+@pytest.fixture(scope="session")
+def classifier(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A classifier of two classes, frozen in three stages, its head included."""
+    folder = tmp_path_factory.mktemp("classifier")
+    content = recipe()
+    layers = r"classification_heads\..*\.(dense|out_proj)"
+    content["rules"].append(
+        {"layers": layers, "scheme": "product", "n_centroids": 16, "block_size": 4, "stage": "attn"}
+    )
+    options = {"--quant-recipe": write_recipe(folder / "r.yaml", content), "--quant-stage-updates": "20,24,28"}
+    return train(folder, data.classes, CLASSES, options, {"--max-update": 40, "--lr": 5e-3})

@@ -1,0 +1,456 @@
+"""save and load: the loaded model answers as the frozen one does, and the sizes are those of the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import IDS, LAYERS, STAGES, Net, recipe
+from torch import Tensor, nn
+
+import fairseq_qn
+from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules import export
+
+MODES = ["dense", "packed"]
+SCHEMES = {
+    "k2": {"k": 2}, "k3": {"k": 3}, "k5": {"k": 5}, "k16": {"k": 16}, "k200": {"k": 200, "block_size": 1},
+    "k257": {"k": 257, "block_size": 1}, "clipped": {"k": 65_536},
+    **{f"int{bits}": {"scheme": "integer", "bits": bits} for bits in range(2, 9)},
+    "tensor": {"scheme": "integer", "bits": 4, "granularity": "tensor"},
+    "group": {"scheme": "integer", "bits": 4, "granularity": "group", "group_size": 3},
+}  # fmt: skip
+
+
+class Table(nn.Module):
+    """Enough blocks for codes of 16 bits, in 16 or 32 of memory."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.table = nn.Embedding(2100, 16, padding_idx=4)
+        self.register_buffer("steps", torch.tensor(2**40))
+        self.register_buffer("flags", torch.tensor([True, False]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+def frozen(change: Callable[[nn.Module], None] | None = None, **rule: Any) -> Net:
+    model = Net(seed=1)
+    if change:
+        change(model)
+    data = recipe(**rule)
+    for entry in data["rules"]:
+        if entry["layers"] == "mix" and entry.get("granularity") == "group":
+            entry["group_size"] = 4
+        elif entry.get("granularity") == "group":
+            entry["group_size"] = 3 if entry["layers"] == "conv" else 4
+    fairseq_qn.apply(model, data)
+    fairseq_qn.freeze(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> Tensor:
+    return model(IDS)
+
+
+def rounded(model: nn.Module, scheme: str) -> nn.Module:
+    """A dense model with what `model` reads, rounded to fp16 once; integers are stored exactly."""
+    twin, exact = Net(), LAYERS if SCHEMES[scheme].get("scheme") == "integer" else ()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            module, kind = name.rsplit(".", 1)
+            value = getattr(model.get_submodule(module), kind)
+            parameter.copy_(value if module in exact and kind == "weight" else value.half())
+    return twin.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_loaded_model_answers_as_the_frozen_one(scheme: str, mode: str, tmp_path: Path) -> None:
+    model = frozen(**SCHEMES[scheme])
+    for parts, tolerance in (("float32", 0), ("float16", 1e-3)):
+        expected = answers(model if parts == "float32" else rounded(model, scheme))
+        fairseq_qn.save(model, tmp_path / "m", parts=parts)
+        loaded = fairseq_qn.load(tmp_path / "m", mode, Net())
+        assert not loaded.training and not any(module.training for module in loaded.modules())
+        assert torch.equal(answers(loaded), expected)
+        torch.testing.assert_close(expected, answers(model), rtol=0, atol=3 * tolerance)
+        for name in [*LAYERS, "head"]:
+            weight, expected = loaded.get_submodule(name).weight, model.get_submodule(name).weight
+            torch.testing.assert_close(weight, expected, rtol=tolerance, atol=tolerance * 0.1, check_dtype=True)
+            assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("k", [257, 32_768, 32_769])
+@pytest.mark.parametrize("mode", MODES)
+def test_codes_of_many_bits(k: int, mode: str, tmp_path: Path) -> None:
+    model = Table().eval()
+    rule = {"layers": "table", "scheme": "product", "block_size": 1, "n_centroids": k}
+    fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
+    fairseq_qn.freeze(model, iterations=1)
+    size = fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    bits = (k - 1).bit_length()
+    assert size.parts["codes"] == 2100 * 16 * bits // 8 and size.parts["codebooks"] == 4 * k
+    loaded = fairseq_qn.load(tmp_path / "m", mode, Table())
+    ids = torch.arange(2100)
+    assert torch.equal(loaded(ids), model(ids)) and not loaded(ids)[4].any()
+    assert loaded.steps == 2**40 and loaded.flags.tolist() == [True, False]
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize("parts", ["float16", "float32"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_predicted_sizes(scheme: str, parts: str, tmp_path: Path) -> None:
+    model = Net(seed=1)
+    data = recipe(**{**SCHEMES[scheme], "group_size": 1})
+    fairseq_qn.apply(model, data)
+    before = fairseq_qn.predict_size(model, parts=parts)
+    fairseq_qn.freeze(model)
+    after = fairseq_qn.predict_size(model, parts=parts)
+    size = fairseq_qn.save(model, tmp_path / "m", parts=parts)
+    assert size.total == os.path.getsize(tmp_path / "m")
+    assert before == pytest.approx(size.total, rel=0.01)
+    needs_exponents = bool(fairseq_qn.inspect(tmp_path / "m")["exponents"])
+    assert after == size.total or needs_exponents and abs(after - size.total) < 100
+
+
+def test_the_parts_add_up(tmp_path: Path) -> None:
+    model = frozen()
+    size = fairseq_qn.save(model, tmp_path / "m", assets={"bpe.model": b"abc" * 1000})
+    assert sum(size.parts.values()) == size.total == (tmp_path / "m").stat().st_size
+    assert sum(size.layers.values()) + size.parts["header"] + size.parts["assets"] == size.total
+    blocks = {"embed": (19 + 1) * 2, "block.fc1": 16, "conv": 12}
+    for name, n in blocks.items():  # 5 codewords: 3 bits
+        d = LAYERS[name]
+        assert size.layers[f"{name}.weight"] == -(-n * 3 // 8) + 5 * d * 2
+    dense = 4 * sum(p.numel() for p in Net().parameters())
+    assert size.dense_bytes == dense and size.ratio == dense / size.total
+    assert 0 < size.parts["assets"] < 100
+    assert f"{size.total / 1e6:.3f} MB on disk" in str(size) and size.to_dict()["total"] == size.total
+
+
+def test_figures_for_logs() -> None:
+    model = Net()
+    fairseq_qn.apply(model, recipe())
+    assert fairseq_qn.figures(model)["frozen_share"] == 0
+    shares = []
+    for stage in ("ffn", "emb", "conv"):
+        errors = [report.error for report in fairseq_qn.freeze(model, stage)]
+        figures = fairseq_qn.figures(model)
+        shares.append(figures["frozen_share"])
+        assert figures[f"distortion_{stage}"] == pytest.approx(sum(errors) / len(errors))
+        assert figures["predicted_mb"] == fairseq_qn.predict_size(model) / 1e6
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+# -- what is stored, and under which name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("matched", ["embed", "head"])
+def test_a_tie_is_stored_once_and_restored(mode: str, matched: str, tmp_path: Path) -> None:
+    model = Net()
+    rule = {"layers": matched, "scheme": "product", "block_size": 4, "n_centroids": 5}
+    fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
+    fairseq_qn.freeze(model)
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    plan = fairseq_qn.inspect(tmp_path / "m")
+    other = {"embed": "head", "head": "embed"}[matched]
+    assert list(plan["layers"]) == [f"{matched}.weight"] and plan["ties"] == [[f"{matched}.weight", f"{other}.weight"]]
+    assert not [name for name in plan["tensors"] if name.startswith(f"{other}.weight")]
+    fresh = Net()
+    fresh.head.weight = nn.Parameter(torch.zeros(20, 8))  # as a model built without the tie
+    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
+    assert torch.equal(answers(loaded), answers(model.eval()))
+    if mode == "dense":
+        assert loaded.head.weight is loaded.embed.weight
+    else:
+        assert "weight" not in loaded.head._parameters and "weight" not in loaded.embed._parameters
+        assert torch.equal(loaded.head.weight, loaded.embed.weight)
+
+
+def test_ties_of_dense_weights_are_stored_once_too(tmp_path: Path) -> None:
+    model = Net()
+    fairseq_qn.apply(model, recipe("block.fc1"))
+    fairseq_qn.freeze(model)
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    plan = fairseq_qn.inspect(tmp_path / "m")
+    assert plan["ties"] == [["embed.weight", "head.weight"]] and "head.weight" not in plan["tensors"]
+    loaded = fairseq_qn.load(tmp_path / "m", model=Net(5))
+    assert loaded.head.weight is loaded.embed.weight and torch.equal(answers(loaded), answers(model.eval()))
+
+
+class Shared(nn.Module):
+    """One module under two names, and one Parameter in two modules of different kinds."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.c = nn.Linear(8, 8)
+        self.d = nn.Module()
+        self.d.table = self.c.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.nn.functional.one_hot(ids, 20)[..., :8].float()
+        return self.b(self.a(self.c(x))) @ self.d.table
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shared_modules_and_odd_owners(mode: str, device: str, tmp_path: Path) -> None:
+    model = Shared()
+    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]})
+    fairseq_qn.freeze(model)
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    plan = fairseq_qn.inspect(tmp_path / "m")
+    assert {name.split("/")[0] for name in plan["tensors"]} == {"a.weight", "a.bias", "c.weight", "c.bias"}
+    with torch.device(device):
+        fresh = Shared()
+    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
+    assert loaded.a is loaded.b and torch.equal(answers(loaded), answers(model.eval()))
+    assert torch.equal(loaded.d.table, loaded.c.weight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_on_the_meta_device_is_filled(mode: str, tmp_path: Path) -> None:
+    model = frozen()
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    with torch.device("meta"):
+        fresh = Net()
+    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
+    assert torch.equal(answers(loaded), answers(model))
+    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_is_a_single_layer(mode: str, tmp_path: Path) -> None:
+    model = nn.Linear(8, 8)
+    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "", "scheme": "product", "n_centroids": 3}]})
+    fairseq_qn.freeze(model)
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    loaded = fairseq_qn.load(tmp_path / "m", mode, nn.Linear(8, 8))
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.extra = Net(), nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.net(ids)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modules_can_be_left_out(mode: str, tmp_path: Path) -> None:
+    model = Headed()
+    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": r".*fc1|net\.embed|extra\.0", "scheme": "product"}]})
+    fairseq_qn.freeze(model)
+    whole = fairseq_qn.save(model, tmp_path / "whole", parts="float32")
+    size = fairseq_qn.save(model, tmp_path / "m", parts="float32", drop=["extra", "net.head"])
+    assert size.total < whole.total and size.total == fairseq_qn.predict_size(
+        model, parts="float32", drop=["extra", "net.head"]
+    )
+    plan = fairseq_qn.inspect(tmp_path / "m")
+    assert plan["dropped"] == ["extra", "net.head"] and plan["ties"] == []
+    assert not [name for name in plan["tensors"] if name.startswith(("extra", "net.head"))]
+    loaded = fairseq_qn.load(tmp_path / "m", mode, Headed())
+    assert torch.equal(loaded.net.embed(IDS), model.net.embed(IDS))
+    for module, name in ((loaded.extra, "extra"), (loaded.net.head, "net.head")):
+        with pytest.raises(UnsupportedError, match=f"^{name}: was left out of the file when it was saved"):
+            module(IDS)
+    for wrong in ("exta", "", "net.head.weight"):
+        with pytest.raises(UnsupportedError, match=f"drop: the model has no module '{wrong}'"):
+            fairseq_qn.save(model, tmp_path / "n", drop=[wrong])
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_leaving_out_the_matched_owner_keeps_the_weight_for_the_other(mode: str, tmp_path: Path) -> None:
+    for build, drop, reader in ((Net, "embed", "head"), (Shared, "c", "d")):
+        model = build()
+        rule = {"layers": drop, "scheme": "product", "block_size": 4, "n_centroids": 5}
+        fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
+        fairseq_qn.freeze(model)
+        fairseq_qn.save(model, tmp_path / "m", parts="float32", drop=[drop])
+        loaded = fairseq_qn.load(tmp_path / "m", mode, build())
+        attribute = "table" if reader == "d" else "weight"
+        found, expected = (getattr(m.get_submodule(reader), attribute) for m in (loaded, model))
+        assert torch.equal(found, expected)
+
+
+# -- hostile values
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", ["k5", "int4"])
+@pytest.mark.parametrize("factor", [1e-7, 1e-30, 3e5, 1e30])
+def test_tiny_and_huge_weights_survive_fp16_parts(factor: float, scheme: str, mode: str, tmp_path: Path) -> None:
+    @torch.no_grad()
+    def scale(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+
+    model = frozen(scale, **SCHEMES[scheme])
+    fairseq_qn.save(model, tmp_path / "m")
+    assert scheme != "k5" or fairseq_qn.inspect(tmp_path / "m")["layers"]["embed.weight"]["exponent"]
+    loaded = fairseq_qn.load(tmp_path / "m", mode, Net())
+    for name in [*LAYERS, "head", "block.norm"]:
+        for kind in ("weight", "bias"):
+            expected = getattr(model.get_submodule(name), kind, None)
+            if expected is not None:
+                found = getattr(loaded.get_submodule(name), kind)
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+
+
+def test_a_model_in_half_precision(tmp_path: Path) -> None:
+    model = frozen(lambda m: m.half())
+    fairseq_qn.save(model, tmp_path / "m")
+    for mode in MODES:
+        loaded = fairseq_qn.load(tmp_path / "m", mode, Net())
+        for name in LAYERS:
+            weight = loaded.get_submodule(name).weight
+            torch.testing.assert_close(weight, model.get_submodule(name).weight.float(), rtol=2e-3, atol=1e-4)
+    halved = fairseq_qn.load(tmp_path / "m", model=Net().half())
+    assert halved.embed.weight.dtype == torch.float16 and torch.equal(halved.embed.weight, model.embed.weight)
+
+
+# -- refusals that change nothing
+
+
+def test_what_is_not_frozen_is_not_saved(tmp_path: Path) -> None:
+    model = frozen()
+    fairseq_qn.save(model, tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    half = Net()
+    fairseq_qn.apply(half, recipe())
+    fairseq_qn.freeze(half, "emb")
+    with pytest.raises(
+        UnsupportedError, match=r"^save: stages \['conv', 'ffn'\] are not frozen yet; call fairseq_qn.freeze"
+    ):
+        fairseq_qn.save(half, tmp_path / "m")
+    with pytest.raises(UnsupportedError, match="^save: the model carries no recipe"):
+        fairseq_qn.save(Net(), tmp_path / "m")
+    with pytest.raises(UnsupportedError, match=r"^save: parts: expected one of \['float16', 'float32'\], found 'int8'"):
+        fairseq_qn.save(model, tmp_path / "m", parts="int8")
+    with pytest.raises(OSError, match="cannot write"):
+        fairseq_qn.save(model, tmp_path / "no" / "such" / "folder")
+    assert (tmp_path / "m").read_bytes() == before and os.listdir(tmp_path) == ["m"]
+    assert set(STAGES.values()) == {"emb", "conv"}
+
+
+@pytest.mark.parametrize("stop", ["os.fsync", "os.replace", "fairseq_qn.artifact.header.encode"])
+def test_stopping_while_saving_keeps_the_old_file(stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen()
+    fairseq_qn.save(model, tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stop, interrupt)
+        fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    assert (tmp_path / "m").read_bytes() == before and os.listdir(tmp_path) == ["m"]
+
+
+def test_what_load_needs(tmp_path: Path) -> None:
+    fairseq_qn.save(frozen(), tmp_path / "m")
+    with pytest.raises(
+        UnsupportedError, match=r"m: the file does not say how to build its model; pass a fresh dense one"
+    ):
+        fairseq_qn.load(tmp_path / "m")
+    with pytest.raises(UnsupportedError, match="^load: mode: expected dense or packed, found 'sparse'"):
+        fairseq_qn.load(tmp_path / "m", "sparse", Net())
+    with pytest.raises(FileNotFoundError):
+        fairseq_qn.load(tmp_path / "none", model=Net())
+
+
+# -- elsewhere, and later
+
+
+def test_inspect_is_plain_data(tmp_path: Path) -> None:
+    size = fairseq_qn.save(frozen(), tmp_path / "m", source={"name": "mine"}, assets={"x": b""})
+    plan = fairseq_qn.inspect(str(tmp_path / "m"))
+    assert json.loads(json.dumps(plan)) == plan and plan["size"] == size.to_dict()
+    assert plan["source"] == {"name": "mine"} and plan["assets"] == {"x": {"bytes": 0}}
+    assert fairseq_qn.Recipe.load(plan["recipe"]) == fairseq_qn.Recipe.load(recipe())
+
+
+def test_files_travel_along(tmp_path: Path) -> None:
+    files = {"bpe/encoder.json": bytes(range(256)) * 50, "empty": b"", "ünï": b"x"}
+    fairseq_qn.save(frozen(), tmp_path / "m", assets=files)
+    assert fairseq_qn.api.read(tmp_path / "m").assets == files
+
+
+def test_a_fresh_process_in_another_directory(tmp_path: Path) -> None:
+    model = frozen()
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    torch.save(answers(model), tmp_path / "answers.pt")
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch, fairseq_qn
+        from small import IDS, Net
+        for mode in ("dense", "packed"):
+            with torch.no_grad():
+                found = fairseq_qn.load({str(tmp_path / "m")!r}, mode, Net(9))(IDS)
+            print(torch.equal(found, torch.load({str(tmp_path / "answers.pt")!r})))
+    """
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        cwd=elsewhere,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert os.listdir(elsewhere) == []
+
+
+def test_the_bytes_of_a_file_do_not_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sha256 of a small file from fixed weights. Where the format changes on purpose, its version changes with this."""
+    monkeypatch.setattr(export, "PRODUCER", "golden")
+    model = nn.Sequential(
+        nn.Embedding(6, 8, padding_idx=0), nn.Linear(8, 6), nn.Linear(6, 6, bias=False), nn.Conv2d(2, 3, 3)
+    )
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            values = (torch.arange(parameter.numel()) * 7 % 23 - 11).reshape(parameter.shape)
+            parameter.copy_(values * 2.0 ** (-3 * i))
+    rules = [
+        {"layers": "0", "scheme": "product", "block_size": 4, "n_centroids": 3, "stage": "emb"},
+        {"layers": "1", "scheme": "integer", "bits": 4, "granularity": "channel"},
+        {"layers": "3", "scheme": "product", "block_size": 9, "n_centroids": 256},
+    ]
+    fairseq_qn.apply(model, {"version": 1, "rules": rules, "keep": ["2"]})
+    fairseq_qn.freeze(model)
+    model[0].codes.copy_(torch.arange(12).reshape(6, 2) % 3)  # whatever k-means may do on another machine
+    model[3].codes.copy_(torch.arange(6).reshape(3, 2))
+    size = fairseq_qn.save(model, tmp_path / "m", drop=["2"], source={"from": "test"})
+    data = (tmp_path / "m").read_bytes()
+    assert len(data) == size.total
+    assert hashlib.sha256(data).hexdigest() == GOLDEN
+
+
+GOLDEN = "2d62cddf5e0495bca5a770954a67337254668aade6a62c1304d0ce6a6b8c9412"

@@ -52,6 +52,9 @@ class QNRobertaHub(RobertaHubInterface):
         if masked_input.count("<mask>") != 1:
             found = masked_input.count("<mask>")
             raise UnsupportedError(f"fill_mask: expected one <mask> in the sentence, found {found}")
+        if "<mask>" not in self.task.source_dictionary.indices:
+            raise UnsupportedError("fill_mask: the model's dictionary has no <mask>; it was not trained to fill one")
+        self.task.mask_idx = self.task.source_dictionary.index("<mask>")  # a classifier's task does not keep it
         return super().fill_mask(masked_input, topk)
 
     def _need_bpe(self, verb: str) -> None:
@@ -92,23 +95,23 @@ def load_interface(path: str | Path, mode: str = "dense") -> Any:
 
 
 def roberta_from_pretrained(
-    cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any
+    cls: type[nn.Module], path: str | Path, checkpoint_file: str, *args: Any, mode: str = "dense", **kwargs: Any
 ) -> Any:
     """from_pretrained of qn_roberta: a small file, a folder that holds one, or what fairseq takes."""
     if is_small(path):
         return load_interface(path, mode)
-    return super(QNRobertaModel, cls).from_pretrained(str(path), checkpoint_file, **kwargs)
+    return super(QNRobertaModel, cls).from_pretrained(str(path), checkpoint_file, *args, **kwargs)
 
 
 def generator_from_pretrained(
-    cls: type[nn.Module], path: str | Path, checkpoint_file: str, mode: str = "dense", **kwargs: Any
+    cls: type[nn.Module], path: str | Path, checkpoint_file: str, *args: Any, mode: str = "dense", **kwargs: Any
 ) -> Any:
     """from_pretrained of qn_transformer and qn_transformer_lm, likewise."""
     if is_small(path):
         return load_interface(path, mode)
     from fairseq.models.transformer import TransformerModel
 
-    return TransformerModel.from_pretrained.__func__(cls, str(path), checkpoint_file, **kwargs)
+    return TransformerModel.from_pretrained.__func__(cls, str(path), checkpoint_file, *args, **kwargs)
 
 
 def is_small(path: str | Path) -> bool:

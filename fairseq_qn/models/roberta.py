@@ -23,7 +23,9 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
     def add_args(parser: Any) -> None:
         """fairseq's options, and the LayerNorm eps."""
         roberta.RobertaModel.add_args(parser)
-        parser.add_argument("--layer-norm-eps", type=float, metavar="E", help="of every LayerNorm (fairseq 1e-5, BERT 1e-12)")
+        parser.add_argument(
+            "--layer-norm-eps", type=float, metavar="E", help="of every LayerNorm (fairseq 1e-5, BERT 1e-12)"
+        )
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> QNRobertaModel:
@@ -48,11 +50,13 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
             api.apply(self, recipe, strict=False)
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
+    ) -> Any:
         """A hub interface from a small file, a folder that holds one, or (as fairseq) a folder with a checkpoint."""
         from fairseq_qn import hub
 
-        return hub.roberta_from_pretrained(cls, model_name_or_path, checkpoint_file, **kwargs)
+        return hub.roberta_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)
 
 
 mirror_architectures("qn_roberta", "roberta")

@@ -13,11 +13,13 @@ from fairseq_qn.models.quantised import QuantisedModel, mirror_architectures
 
 class _Hub:
     @classmethod
-    def from_pretrained(cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
+    ) -> Any:
         """A generator interface from a small file, a folder that holds one, or (as fairseq) a folder with a checkpoint."""
         from fairseq_qn import hub
 
-        return hub.generator_from_pretrained(cls, model_name_or_path, checkpoint_file, **kwargs)
+        return hub.generator_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)
 
 
 @register_model("qn_transformer")

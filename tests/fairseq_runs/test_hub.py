@@ -1,0 +1,194 @@
+"""from_pretrained of the small file: in a fresh process, from another folder, with the data gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fairseq import options as fairseq_options
+from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode, get_encoder
+from fairseq_cli import preprocess
+from fairseq_run import MLM, Run, command, recipe, sentences, train, write_recipe
+
+from fairseq_qn.cli import main
+from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.hub import QNRobertaModel
+
+LINES = sentences(4, 9)
+HEAD = "sentence_classification_head"
+ASK = """
+import json, sys, torch
+torch.set_num_threads(1)  # as in the process of the tests: sums of floats in the same order
+from fairseq_qn.hub import QNRobertaModel
+lines, answers = json.loads(sys.argv[1]), {}
+for path in sys.argv[2:]:
+    for mode in ("dense", "packed"):
+        hub = QNRobertaModel.from_pretrained(path, mode=mode)
+        tokens = [hub.encode(line) for line in lines]
+        with torch.no_grad():
+            logits = [hub.model(t.unsqueeze(0))[0] for t in tokens]
+            features = [hub.extract_features(t) for t in tokens]
+        answer = {"tokens": tokens, "logits": logits, "features": features, "decoded": [hub.decode(t) for t in tokens]}
+        if hub.model.classification_heads:
+            answer["classes"] = [hub.predict(list(hub.model.classification_heads)[0], t) for t in tokens]
+            answer["labels"] = [hub.classify(line)[0][0] for line in lines]
+        else:
+            answer["filled"] = hub.fill_mask(lines[0].split()[0] + " <mask> " + lines[0].split()[1])
+        answers[f"{path} {mode}"] = answer
+torch.save(answers, "answers.pt")
+"""
+
+
+def compress(run: Run, target: Path, *more: Any) -> Path:
+    words = ["compress", str(run.folder / "checkpoint_last.pt"), "-o", str(target), *map(str, more)]
+    assert main(words) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> tuple[Run, list[Path]]:
+    """A masked LM over a byte-level BPE of 256 bytes and 20 merges, made here; its data are deleted after training."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    symbols = list(bytes_to_unicode().values())
+    merges = ["k a", "l o", "m i", "t e", "te r", "s u", "b e", "be n", "Ġ ka", "Ġ lo", "Ġ mi"]
+    symbols += [merge.replace(" ", "") for merge in merges]
+    files = [folder / "encoder.json", folder / "vocab.bpe"]
+    files[0].write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
+    files[1].write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    encoder = get_encoder(*map(str, files))
+    for split, seed in (("train", 1), ("valid", 2)):
+        rows = [" ".join(map(str, encoder.encode(line))) for line in sentences(60, seed)]
+        (folder / f"{split}.txt").write_text("\n".join(rows) + "\n")
+    words = ["--only-source", "--trainpref", f"{folder}/train.txt", "--validpref", f"{folder}/valid.txt"]
+    words += ["--destdir", f"{folder}/bin", "--workers", "1"]
+    preprocess.main(fairseq_options.get_preprocessing_parser().parse_args(words))
+    path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "1,2,3"}
+    run = train(folder / "run", folder / "bin", MLM, path, {"--max-update": 5})
+    return run, files
+
+
+@pytest.fixture(scope="module")
+def answers(data, masked: Run, classifier: Run, gpt2, tmp_path_factory) -> dict[str, dict]:
+    """What a fresh process answers from the files alone."""
+    folder, elsewhere = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("elsewhere")
+    pieces = ["--bpe", "sentencepiece", "--bpe-files", data.pieces]
+    made = {}
+    for parts in ("float32", "float16"):
+        for name, run, bpe in (
+            ("masked", masked, pieces),
+            ("classifier", classifier, pieces),
+            ("gpt2", gpt2[0], ["--bpe", "gpt2", "--bpe-files", *gpt2[1]]),
+        ):
+            made[f"{name} {parts}"] = compress(run, folder / f"{name}.{parts}.qn.safetensors", *bpe, "--parts", parts)
+    shutil.rmtree(gpt2[1][0].parent / "bin")
+    for file in gpt2[1]:
+        file.unlink()
+    (elsewhere / "ask.py").write_text(ASK)
+    done = command(sys.executable, "ask.py", json.dumps(LINES), *made.values(), cwd=elsewhere)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(elsewhere / "answers.pt", weights_only=True)
+    return {f"{name} {mode}": found[f"{path} {mode}"] for name, path in made.items() for mode in ("dense", "packed")}
+
+
+def logits_of(run: Run, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [run.model(t.unsqueeze(0))[0] for t in tokens]
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+@pytest.mark.parametrize("name", ["masked", "classifier", "gpt2"])
+def test_equal_logits(name: str, mode: str, answers: dict, masked: Run, classifier: Run, gpt2) -> None:
+    """fp32 parts: exactly those of the frozen training model; fp16 parts: to 1e-3."""
+    run = {"masked": masked, "classifier": classifier, "gpt2": gpt2[0]}[name]
+    exact, half = (answers[f"{name} {parts} {mode}"] for parts in ("float32", "float16"))
+    expected = logits_of(run, exact["tokens"])
+    for a, b, c in zip(expected, exact["logits"], half["logits"]):
+        assert b.equal(a)
+        assert not c.equal(a) and float((c - a).abs().max()) < 1e-3
+    assert float(torch.cat([e.flatten() for e in expected]).std()) > 0.05, "there is something to compare"
+
+
+def test_the_interface_of_the_checkpoint_says_the_same(data, masked: Run, answers: dict) -> None:
+    """fairseq's own way to load the training checkpoint, with its data folder and its BPE options."""
+    theirs = QNRobertaModel.from_pretrained(
+        str(masked.folder),
+        "checkpoint_last.pt",
+        str(data.lm),
+        bpe="sentencepiece",
+        sentencepiece_model=str(data.pieces),
+    )
+    theirs.eval()
+    ours = answers["masked float32 dense"]
+    for line, tokens, features in zip(LINES, ours["tokens"], ours["features"]):
+        assert theirs.encode(line).equal(tokens)
+        assert torch.allclose(theirs.extract_features(tokens), features, atol=1e-6)
+    assert ours["decoded"] == LINES
+    filled = theirs.fill_mask(f"{LINES[0].split()[0]} <mask> {LINES[0].split()[1]}")
+    assert [token for _, _, token in filled] == [token for _, _, token in ours["filled"]]
+    assert [chance for _, chance, _ in filled] == pytest.approx([chance for _, chance, _ in ours["filled"]], rel=1e-4)
+
+
+def test_byte_level_bpe_travels(answers: dict) -> None:
+    ours = answers["gpt2 float16 packed"]
+    assert ours["decoded"] == LINES
+    assert ours["filled"] and all(text.endswith(f" {LINES[0].split()[1]}") for text, _, _ in ours["filled"])
+
+
+def test_classes_and_their_names(classifier: Run, answers: dict) -> None:
+    ours = answers["classifier float32 dense"]
+    with torch.no_grad():
+        for tokens, classes, label in zip(ours["tokens"], ours["classes"], ours["labels"]):
+            model = classifier.model
+            logits = model(tokens.unsqueeze(0), features_only=True, classification_head_name=HEAD)[0]
+            assert torch.allclose(logits.log_softmax(-1), classes, atol=1e-6)
+            names = classifier.trainer.task.label_dictionary
+            assert label == names[int(logits.argmax()) + names.nspecial]
+    assert set(ours["labels"]) <= {"early", "late"}
+
+
+def test_without_the_lm_head(classifier: Run, data, tmp_path: Path) -> None:
+    words = ["--bpe", "sentencepiece", "--bpe-files", data.pieces]
+    whole = compress(classifier, tmp_path / "whole.qn.safetensors", *words)
+    small = compress(classifier, tmp_path / "small.qn.safetensors", *words, "--drop", "encoder.lm_head")
+    assert small.stat().st_size < whole.stat().st_size
+    ours, theirs = (QNRobertaModel.from_pretrained(path) for path in (small, whole))
+    assert ours.classify(LINES[0]) == theirs.classify(LINES[0])
+    with pytest.raises(UnsupportedError, match="encoder.lm_head: was left out"):
+        ours.fill_mask("ka <mask> lo")
+
+
+def test_without_a_bpe_model(masked: Run, tmp_path: Path) -> None:
+    hub = QNRobertaModel.from_pretrained(compress(masked, tmp_path / "x.qn.safetensors"))
+    for ask in (lambda: hub.encode("ka"), lambda: hub.fill_mask("ka <mask>")):
+        with pytest.raises(UnsupportedError, match="carries no BPE"):
+            ask()
+
+
+def test_a_folder_with_one_file(masked: Run, tmp_path: Path) -> None:
+    compress(masked, tmp_path / "x.qn.safetensors")
+    assert QNRobertaModel.from_pretrained(tmp_path).model is not None
+    compress(masked, tmp_path / "y.qn.safetensors")
+    with pytest.raises(FormatError, match="found 2"):
+        QNRobertaModel.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "pickle", "empty"])
+def test_a_damaged_file(damage: str, masked: Run, tmp_path: Path) -> None:
+    path = compress(masked, tmp_path / "x.qn.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    made = {
+        "cut": content[:-100],
+        "flipped": content,
+        "empty": b"",
+        "pickle": (masked.folder / "checkpoint_last.pt").read_bytes(),
+    }
+    path.write_bytes(made[damage])
+    with pytest.raises(FormatError) as error:
+        QNRobertaModel.from_pretrained(path)
+    assert "\n" not in str(error.value) and "x.qn.safetensors" in str(error.value)

@@ -39,13 +39,13 @@ _FIELDS = {
 
 def check(manifest: Mapping[str, Any], path: str) -> None:
     """Raise FormatError unless the manifest is of this version and agrees with its own table of tensors."""
-    if manifest.get("version") != VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
         raise FormatError(
             f"{path}: format version: expected {VERSION}, found {manifest.get('version')!r}; "
             "read it with the release of fairseq_qn that wrote it"
         )
     for key, kind in _FIELDS.items():
-        if not isinstance(manifest.get(key), kind) or isinstance(manifest.get(key), bool):
+        if not isinstance(manifest.get(key, False), kind):
             raise FormatError(
                 f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again"
             )
@@ -100,7 +100,7 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
         raise FormatError(damaged.format("expected a shape of two or more sizes"))
     if entry.get("scheme") == "product":
         bounds = {"block_size": (1, MAX_BLOCK_SIZE), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
-        padding = entry.get("padding_idx")
+        padding = entry.get("padding_idx", -1)
         legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
     elif entry.get("scheme") == "integer":
         bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
@@ -132,7 +132,8 @@ def _check_names(manifest: Mapping[str, Any], path: str) -> None:
         raise FormatError(f"{path}: dropped: expected names of modules, found {short(dropped)}; the file is damaged")
     twice = manifest["layers"].keys() & manifest["tensors"].keys()
     for names in ties:
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or stored & {*names} != {*names[:1]}:
+        named = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        if not named or stored & {*names} != {names[0]}:
             raise FormatError(
                 f"{path}: ties: expected names of one weight, stored under the first, found {short(names)}; "
                 "the file is damaged, fetch it again"

@@ -50,7 +50,7 @@ class ImportReport:
         lines = [
             f"{self.model_type} -> {self.checkpoint}: {self.n_parameters:,} parameters, {self.n_symbols:,} symbols",
             f"beside it: {', '.join(f.name for f in self.files)}",
-            f"LayerNorm eps {self.layer_norm_eps:g} (qn_roberta keeps it, and takes --layer-norm-eps; fairseq's own roberta always has 1e-05)",
+            f"LayerNorm eps {self.layer_norm_eps:g} (qn_roberta keeps it or takes --layer-norm-eps; stock roberta has 1e-05)",
             f"masked-LM head: {head}",
             f"tensors without a place: {', '.join(self.unused) or 'none'}",
             f"vocabulary entries dropped: {len(self.dropped)}",

@@ -60,7 +60,7 @@ def inspect(args: argparse.Namespace) -> None:
     size = SizeReport(**{key: value for key, value in data["size"].items() if key != "ratio"})
     model = (data["source"] or {}).get("model", {})
     print(f"{args.file}: {data['producer']}, format {data['version']}, {model.get('_name') or 'a model of your own'}")
-    print(f"{size}\n")
+    print(f"{str(size).partition(': ')[0]}\n")  # its parts are a table of their own
     print(
         table([(name, f"{n:,}", f"{n / size.total:.1%}") for name, n in size.parts.items()], ("part", "bytes", "share"))
     )
@@ -165,7 +165,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _progress(views: Sequence[Any]) -> Any:
     from tqdm import tqdm
 
-    return tqdm(views, desc="learning codebooks", unit="layer", leave=False)
+    return tqdm(views, desc="learning codebooks", unit="layer", leave=False, disable=None if views else True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from fairseq_qn.models.quantised import QuantisedModel
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.stock import to_stock
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
+from fairseq_qn.recipe import Recipe
 
 __all__ = [
     "QNRobertaModel",
@@ -162,8 +163,10 @@ def load_checkpoint(
     )
     config = state["cfg"]
     _as_quantised(config, recipe, heads, path)
-    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
-    return models[0].eval(), config, task
+    (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
+    if recipe is not None:  # now that its heads are there: each line has to match
+        api.apply(model, Recipe.load(recipe))
+    return model.eval(), config, task
 
 
 def export_fairseq(path: str | Path, output: str | Path, data: str | None = None) -> dict[str, Any]:
@@ -202,8 +205,6 @@ def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path
     if heads:
         model.load_checkpoint_heads = True
     if recipe is not None:
-        from fairseq_qn.recipe import Recipe
-
         text = Recipe.load(recipe).to_json()
         task.quant_recipe = model.quant_recipe = text
 

@@ -187,6 +187,7 @@ def _remember(cfg: Any, key: str, value: Any) -> None:
 
 def _bar(title: str) -> Any:
     def progress(views: Sequence[WeightView]) -> Iterable[WeightView]:
-        return tqdm(views, desc=title, unit="layer", leave=False, disable=not logger.isEnabledFor(logging.INFO))
+        off = not views or not logger.isEnabledFor(logging.INFO)
+        return tqdm(views, desc=title, unit="layer", leave=False, disable=off)
 
     return progress

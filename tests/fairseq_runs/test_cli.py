@@ -1,0 +1,266 @@
+"""The command line on real checkpoints and files: what it prints, its exit status, and one line for bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq_run import MLM, PLUGIN, Run, command, recipe, sentences, train, write_recipe
+
+import fairseq_qn
+from fairseq_qn.cli import main
+
+LINES = sentences(3, 9)
+
+
+@pytest.fixture(scope="module")
+def files(data, masked: Run, classifier: Run, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    found = {}
+    for name, run in (("masked", masked), ("classifier", classifier)):
+        found[name] = folder / f"{name}.qn.safetensors"
+        words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces)]
+        assert main(["compress", str(run.folder / "checkpoint_last.pt"), "-o", str(found[name]), *words]) == 0
+    return found
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What a command prints; it has to succeed, with nothing on stderr but a progress bar."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_compress_a_staged_checkpoint(masked: Run, tmp_path: Path, said) -> None:
+    small = tmp_path / "x.qn.safetensors"
+    words = ["compress", masked.folder / "checkpoint_last.pt", "-o", small]
+    report = json.loads(said(*words, "--json"))
+    assert report["size"]["total"] == small.stat().st_size and report["frozen_here"] == []
+    assert f"{small.stat().st_size / 1e6:.3f} MB on disk" in said(*words)
+
+
+def test_compress_freezes_what_is_left(data, tmp_path: Path, said) -> None:
+    """A checkpoint within its stages: the stages that the training did not come to are frozen here."""
+    options = {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()), "--quant-stage-updates": "1,9,9"}
+    train(tmp_path / "run", data.lm, MLM, options, {"--max-update": 3})
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
+    report = json.loads(said(*words, "--json"))
+    assert {layer["stage"] for layer in report["frozen_here"]} == {"emb", "attn"}
+    assert "froze 9 layers" in said(*words)
+
+
+def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:
+    stock = {k: v for k, v in MLM.items() if k != "--wrapped-criterion"}
+    stock |= {"--task": "masked_lm", "--arch": "roberta", "--criterion": "masked_lm", "--max-update": 1}
+    train(tmp_path / "run", data.lm, stock)
+    path = write_recipe(tmp_path / "r.yaml", recipe())
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors", "--recipe", path]
+    assert len(json.loads(said(*words, "--json"))["frozen_here"]) == 13
+    assert len(fairseq_qn.inspect(tmp_path / "x.qn.safetensors")["layers"]) == 13
+
+
+@pytest.mark.parametrize("more", [[], ["--all"]])
+def test_inspect_fits_80_columns(more: list[str], files: dict[str, Path], said) -> None:
+    name = files["classifier"].relative_to(files["classifier"].parent)
+    lines = said("inspect", files["classifier"], *more).replace(str(files["classifier"]), str(name)).splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert any("embed_tokens" in line and "PQ d8 K32" in line for line in lines)
+    assert any(line.startswith("tied: ") for line in lines)
+
+
+def test_inspect_json(files: dict[str, Path], said) -> None:
+    data = json.loads(said("inspect", files["masked"], "--json"))
+    assert data["size"]["total"] == files["masked"].stat().st_size == sum(data["size"]["parts"].values())
+    assert data["assets"]["pieces.model"]["bytes"] > 100 and data["source"]["model"]["_name"] == "qn_roberta"
+
+
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_verify(mode: str, files: dict[str, Path], said) -> None:
+    assert "good" in said("verify", files["masked"], "--mode", mode)
+    report = json.loads(said("verify", files["classifier"], "--json"))
+    assert report["bytes"] == files["classifier"].stat().st_size and "QNRobertaModel" in report["model"]
+
+
+def test_predict_classes(files: dict[str, Path], said) -> None:
+    printed = said("predict", files["classifier"], LINES[0], "--top", 2).splitlines()
+    assert printed[0] == LINES[0] and {row.split()[1] for row in printed[1:]} == {"early", "late"}
+    (answer,) = [json.loads(row) for row in said("predict", files["classifier"], LINES[0], "--json").splitlines()]
+    assert sum(item["score"] for item in answer["answers"]) == pytest.approx(1, abs=1e-5)
+    pair = json.loads(said("predict", files["classifier"], f"{LINES[0]}\t{LINES[1]}", "--json"))
+    assert pair["answers"] != answer["answers"], "the second sentence counts"
+
+
+def test_predict_fills_a_mask(files: dict[str, Path], said) -> None:
+    for name in files:
+        (row,) = said("predict", files[name], "ka <mask> lo", "--json", "--top", 3).splitlines()
+        answers = json.loads(row)["answers"]
+        assert len(answers) <= 3 and all(0 < item["score"] < 1 for item in answers)
+        assert [item["score"] for item in answers] == sorted((item["score"] for item in answers), reverse=True)
+
+
+def test_predict_reads_lines(files: dict[str, Path], said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(LINES) + "\n"))
+    rows = [json.loads(row) for row in said("predict", files["classifier"], "--json").splitlines()]
+    assert [row["input"] for row in rows] == LINES
+
+
+@pytest.fixture(scope="module")
+def bad(files: dict[str, Path], masked: Run, tmp_path_factory) -> dict[str, Path]:
+    """Files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("bad")
+    content = bytearray(files["masked"].read_bytes())
+    content[-1000] ^= 1
+    made = {"damaged": content, "pickle": (masked.folder / "checkpoint_last.pt").read_bytes(), "empty": b""}
+    paths = {"missing": folder / "missing.qn.safetensors", "nothing": folder / "nothing.yaml", "text": folder / "x.pt"}
+    for name, value in made.items():
+        paths[name] = folder / f"{name}.qn.safetensors"
+        paths[name].write_bytes(value)
+    paths["text"].write_text("not a checkpoint\n")
+    torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
+    torch.save([1, 2], folder / "list.pt")
+    nothing = recipe()
+    nothing["rules"][0]["layers"] = r".*\.no_such_layer"
+    write_recipe(paths["nothing"], nothing)
+    (folder / "broken.yaml").write_text("rules: [")
+    return {
+        **paths,
+        "other": folder / "other.pt",
+        "list": folder / "list.pt",
+        "broken": folder / "broken.yaml",
+        "folder": folder,
+    }
+
+
+@pytest.mark.parametrize("name", ["missing", "damaged", "pickle", "empty", "folder"])
+@pytest.mark.parametrize("verb", ["inspect", "verify", "predict"])
+def test_a_bad_file(verb: str, name: str, bad: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    if (verb, name) == ("inspect", "damaged"):
+        return  # inspect reads the header alone
+    expect_one_line([verb, bad[name], *(["ka"] if verb == "predict" else [])], capsys, bad[name].name)
+
+
+def test_a_recipe_that_matches_nothing(
+    bad: dict[str, Path], data, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(tmp_path / "run", data.lm, MLM, {"--max-update": 1})
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
+    expect_one_line([*words, "--recipe", bad["nothing"]], capsys, "no_such_layer")
+    expect_one_line(words, capsys, "--recipe")
+    assert not (tmp_path / "x.qn.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["missing", "text", "other", "list", "damaged"])
+@pytest.mark.parametrize("verb", ["compress", "export-fairseq"])
+def test_a_bad_checkpoint(
+    verb: str, name: str, bad: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    expect_one_line([verb, bad[name], "-o", tmp_path / "x.qn.safetensors"], capsys, bad[name].name)
+    assert not (tmp_path / "x.qn.safetensors").exists()
+
+
+BAD_OPTIONS = {
+    "another recipe": ["--recipe", "{other_recipe}"],
+    "broken.yaml": ["--recipe", "{broken}"],
+    "no_such.yaml": ["--recipe", "no_such.yaml"],
+    "no module 'encoder.nope'": ["--drop", "encoder.nope"],
+    "--bpe": ["--bpe", "nope", "--bpe-files", "{text}"],
+    "no_such.model": ["--bpe", "sentencepiece", "--bpe-files", "no_such.model"],
+    "no_such_folder": ["--data", "no_such_folder"],
+    "cannot write": ["-o", "no_such_folder/x.qn.safetensors"],
+}
+
+
+@pytest.mark.parametrize("word", BAD_OPTIONS)
+def test_bad_options(
+    word: str, bad: dict[str, Path], masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = write_recipe(tmp_path / "another recipe.yaml", recipe(block_size=4))
+    paths = {**bad, "other_recipe": other}
+    options = [option.format(**paths) for option in BAD_OPTIONS[word]]
+    words = ["compress", masked.folder / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors", *options]
+    expected = "frozen in the checkpoint" if word == "another recipe" else word
+    expect_one_line(words, capsys, expected)
+
+
+def test_bad_questions(files: dict[str, Path], masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bare = tmp_path / "bare.qn.safetensors"
+    assert main(["compress", str(masked.folder / "checkpoint_last.pt"), "-o", str(bare)]) == 0
+    expect_one_line(["predict", files["classifier"], "ka", "--head", "mood"], capsys, "mood")
+    expect_one_line(["predict", files["masked"], "ka"], capsys, "heads")
+    expect_one_line(["predict", files["masked"], "<mask> <mask>"], capsys, "one <mask>")
+    expect_one_line(["predict", bare, "ka <mask>"], capsys, "BPE")
+
+
+def expect_one_line(words: list, capsys: pytest.CaptureFixture, named: str) -> None:
+    """Exit status 1, one line on stderr that names the culprit, no traceback."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("fairseq-qn: ") and "Traceback" not in error, error
+    assert named in error
+
+
+@pytest.mark.parametrize("words", [[], ["nope"], ["inspect"], ["compress", "x.pt"], ["verify", "x", "--mode", "nope"]])
+def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+
+
+def test_the_console_script(files: dict[str, Path], bad: dict[str, Path], tmp_path: Path) -> None:
+    done = command("fairseq-qn", "predict", files["classifier"], cwd=tmp_path, stdin=f"{LINES[0]}\n")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, LINES[0])
+    assert done.stderr == "", "no log of fairseq's, no warning"
+    done = command("fairseq-qn", "verify", bad["pickle"], cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_restoring_stays_safe(masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """torch.load's own default (weights_only) restores fairseq's checkpoints; any other class is refused, and runs no code."""
+    path = masked.folder / "checkpoint_last.pt"
+    state = torch.load(path)
+    assert {"model", "cfg", "optimizer_history"} <= set(state)
+    trap = tmp_path / "trap"
+    evil = tmp_path / "evil.pt"
+    torch.save({**state, "more": _Evil(str(trap))}, evil)
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        torch.load(evil)
+    expect_one_line(["compress", evil, "-o", tmp_path / "x.qn.safetensors"], capsys, "evil.pt")
+    assert not trap.exists()
+
+
+class _Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:
+    """The stock command in a fresh process, restoring with torch's default: the loss that the training logged at its end."""
+    words = [
+        data.lm,
+        "--path",
+        masked.folder / "checkpoint_last.pt",
+        "--user-dir",
+        PLUGIN,
+        "--task",
+        "qn_masked_lm",
+        "--cpu",
+    ]
+    words += ["--valid-subset", "valid", "--batch-size", 8, "--num-workers", 0, "--log-format", "json"]
+    done = command("fairseq-validate", *words, "--required-batch-size-multiple", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(next(row for row in done.stdout.splitlines() if '"valid_loss"' in row).split(" | ")[-1])
+    expected = masked.logged("valid")[-1]
+    assert float(figures["valid_loss"]) == pytest.approx(expected["valid_loss"], abs=2e-3)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+import fairseq_qn
 
 D, WORDS, PAD = 8, 20, 1
 
@@ -87,3 +90,48 @@ def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     """A scalar that every weight moves."""
     scores = model(ids)
     return F.cross_entropy(scores.flatten(0, 1), ids.flip(0).flatten()) + scores.pow(2).mean()
+
+
+NOISES = {
+    "proxy": {"kind": "proxy"},
+    "exact": {"kind": "exact"},
+    "int4": {"kind": "proxy", "scheme": "integer", "bits": 4},
+}
+
+
+def noisy(*names: str, p: float = 0.5, noise: str = "proxy", seed: int = 0, **net: Any) -> Net:
+    """A model in training with noise on the named layers, or all."""
+    model = Net(**net)
+    fairseq_qn.apply(model, recipe(*names, p=p, **NOISES[noise]), seed=seed)
+    fairseq_qn.refresh(model)
+    return model.train()
+
+
+MODES = ["dense", "packed"]  # of load
+SCHEMES = {
+    "k2": {"k": 2}, "k3": {"k": 3}, "k5": {"k": 5}, "k16": {"k": 16}, "k200": {"k": 200, "block_size": 1},
+    "k257": {"k": 257, "block_size": 1}, "clipped": {"k": 65_536},
+    **{f"int{bits}": {"scheme": "integer", "bits": bits} for bits in range(2, 9)},
+    "tensor": {"scheme": "integer", "bits": 4, "granularity": "tensor"},
+    "group": {"scheme": "integer", "bits": 4, "granularity": "group", "group_size": 3},
+}  # fmt: skip
+
+
+def frozen(change: Callable[[nn.Module], None] | None = None, **rule: Any) -> Net:
+    model = Net(seed=1)
+    if change:
+        change(model)
+    data = recipe(**rule)
+    for entry in data["rules"]:
+        if entry["layers"] == "mix" and entry.get("granularity") == "group":
+            entry["group_size"] = 4
+        elif entry.get("granularity") == "group":
+            entry["group_size"] = 3 if entry["layers"] == "conv" else 4
+    fairseq_qn.apply(model, data)
+    fairseq_qn.freeze(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> Tensor:
+    return model(IDS)

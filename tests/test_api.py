@@ -8,27 +8,17 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import IDS, LAYERS, STAGES, Net, recipe
+from small import LAYERS, MODES, SCHEMES, STAGES, Net, answers, frozen, recipe
 from torch import Tensor, nn
 
 import fairseq_qn
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules import export
-
-MODES = ["dense", "packed"]
-SCHEMES = {
-    "k2": {"k": 2}, "k3": {"k": 3}, "k5": {"k": 5}, "k16": {"k": 16}, "k200": {"k": 200, "block_size": 1},
-    "k257": {"k": 257, "block_size": 1}, "clipped": {"k": 65_536},
-    **{f"int{bits}": {"scheme": "integer", "bits": bits} for bits in range(2, 9)},
-    "tensor": {"scheme": "integer", "bits": 4, "granularity": "tensor"},
-    "group": {"scheme": "integer", "bits": 4, "granularity": "group", "group_size": 3},
-}  # fmt: skip
 
 
 class Table(nn.Module):
@@ -43,26 +33,6 @@ class Table(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.table(ids)
-
-
-def frozen(change: Callable[[nn.Module], None] | None = None, **rule: Any) -> Net:
-    model = Net(seed=1)
-    if change:
-        change(model)
-    data = recipe(**rule)
-    for entry in data["rules"]:
-        if entry["layers"] == "mix" and entry.get("granularity") == "group":
-            entry["group_size"] = 4
-        elif entry.get("granularity") == "group":
-            entry["group_size"] = 3 if entry["layers"] == "conv" else 4
-    fairseq_qn.apply(model, data)
-    fairseq_qn.freeze(model)
-    return model.eval()
-
-
-@torch.no_grad()
-def answers(model: nn.Module) -> Tensor:
-    return model(IDS)
 
 
 def rounded(model: nn.Module, scheme: str) -> nn.Module:
@@ -107,193 +77,6 @@ def test_codes_of_many_bits(k: int, mode: str, tmp_path: Path) -> None:
     ids = torch.arange(2100)
     assert torch.equal(loaded(ids), model(ids)) and not loaded(ids)[4].any()
     assert loaded.steps == 2**40 and loaded.flags.tolist() == [True, False]
-
-
-# -- sizes
-
-
-@pytest.mark.parametrize("parts", ["float16", "float32"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_predicted_sizes(scheme: str, parts: str, tmp_path: Path) -> None:
-    model = Net(seed=1)
-    data = recipe(**{**SCHEMES[scheme], "group_size": 1})
-    fairseq_qn.apply(model, data)
-    before = fairseq_qn.predict_size(model, parts=parts)
-    fairseq_qn.freeze(model)
-    after = fairseq_qn.predict_size(model, parts=parts)
-    size = fairseq_qn.save(model, tmp_path / "m", parts=parts)
-    assert size.total == os.path.getsize(tmp_path / "m")
-    assert before == pytest.approx(size.total, rel=0.01)
-    needs_exponents = bool(fairseq_qn.inspect(tmp_path / "m")["exponents"])
-    assert after == size.total or needs_exponents and abs(after - size.total) < 100
-
-
-def test_the_parts_add_up(tmp_path: Path) -> None:
-    model = frozen()
-    size = fairseq_qn.save(model, tmp_path / "m", assets={"bpe.model": b"abc" * 1000})
-    assert sum(size.parts.values()) == size.total == (tmp_path / "m").stat().st_size
-    assert sum(size.layers.values()) + size.parts["header"] + size.parts["assets"] == size.total
-    blocks = {"embed": (19 + 1) * 2, "block.fc1": 16, "conv": 12}
-    for name, n in blocks.items():  # 5 codewords: 3 bits
-        d = LAYERS[name]
-        assert size.layers[f"{name}.weight"] == -(-n * 3 // 8) + 5 * d * 2
-    dense = 4 * sum(p.numel() for p in Net().parameters())
-    assert size.dense_bytes == dense and size.ratio == dense / size.total
-    assert 0 < size.parts["assets"] < 100
-    assert f"{size.total / 1e6:.3f} MB on disk" in str(size) and size.to_dict()["total"] == size.total
-
-
-def test_figures_for_logs() -> None:
-    model = Net()
-    fairseq_qn.apply(model, recipe())
-    assert fairseq_qn.figures(model)["frozen_share"] == 0
-    shares = []
-    for stage in ("ffn", "emb", "conv"):
-        errors = [report.error for report in fairseq_qn.freeze(model, stage)]
-        figures = fairseq_qn.figures(model)
-        shares.append(figures["frozen_share"])
-        assert figures[f"distortion_{stage}"] == pytest.approx(sum(errors) / len(errors))
-        assert figures["predicted_mb"] == fairseq_qn.predict_size(model) / 1e6
-    assert shares == sorted(shares) and shares[-1] == 1
-
-
-# -- what is stored, and under which name
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("matched", ["embed", "head"])
-def test_a_tie_is_stored_once_and_restored(mode: str, matched: str, tmp_path: Path) -> None:
-    model = Net()
-    rule = {"layers": matched, "scheme": "product", "block_size": 4, "n_centroids": 5}
-    fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
-    fairseq_qn.freeze(model)
-    fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    other = {"embed": "head", "head": "embed"}[matched]
-    assert list(plan["layers"]) == [f"{matched}.weight"] and plan["ties"] == [[f"{matched}.weight", f"{other}.weight"]]
-    assert not [name for name in plan["tensors"] if name.startswith(f"{other}.weight")]
-    fresh = Net()
-    fresh.head.weight = nn.Parameter(torch.zeros(20, 8))  # as a model built without the tie
-    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
-    assert torch.equal(answers(loaded), answers(model.eval()))
-    if mode == "dense":
-        assert loaded.head.weight is loaded.embed.weight
-    else:
-        assert "weight" not in loaded.head._parameters and "weight" not in loaded.embed._parameters
-        assert torch.equal(loaded.head.weight, loaded.embed.weight)
-
-
-def test_ties_of_dense_weights_are_stored_once_too(tmp_path: Path) -> None:
-    model = Net()
-    fairseq_qn.apply(model, recipe("block.fc1"))
-    fairseq_qn.freeze(model)
-    fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert plan["ties"] == [["embed.weight", "head.weight"]] and "head.weight" not in plan["tensors"]
-    loaded = fairseq_qn.load(tmp_path / "m", model=Net(5))
-    assert loaded.head.weight is loaded.embed.weight and torch.equal(answers(loaded), answers(model.eval()))
-
-
-class Shared(nn.Module):
-    """One module under two names, and one Parameter in two modules of different kinds."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        super().__init__()
-        self.a = nn.Linear(8, 8)
-        self.b = self.a
-        self.c = nn.Linear(8, 8)
-        self.d = nn.Module()
-        self.d.table = self.c.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = torch.nn.functional.one_hot(ids, 20)[..., :8].float()
-        return self.b(self.a(self.c(x))) @ self.d.table
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_shared_modules_and_odd_owners(mode: str, device: str, tmp_path: Path) -> None:
-    model = Shared()
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]})
-    fairseq_qn.freeze(model)
-    fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert {name.split("/")[0] for name in plan["tensors"]} == {"a.weight", "a.bias", "c.weight", "c.bias"}
-    with torch.device(device):
-        fresh = Shared()
-    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
-    assert loaded.a is loaded.b and torch.equal(answers(loaded), answers(model.eval()))
-    assert torch.equal(loaded.d.table, loaded.c.weight)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_model_on_the_meta_device_is_filled(mode: str, tmp_path: Path) -> None:
-    model = frozen()
-    fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    with torch.device("meta"):
-        fresh = Net()
-    loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
-    assert torch.equal(answers(loaded), answers(model))
-    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_model_that_is_a_single_layer(mode: str, tmp_path: Path) -> None:
-    model = nn.Linear(8, 8)
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "", "scheme": "product", "n_centroids": 3}]})
-    fairseq_qn.freeze(model)
-    fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    loaded = fairseq_qn.load(tmp_path / "m", mode, nn.Linear(8, 8))
-    x = torch.randn(3, 8)
-    assert torch.equal(loaded(x), model(x))
-
-
-class Headed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.extra = Net(), nn.Sequential(nn.Linear(8, 8))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.net(ids)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_modules_can_be_left_out(mode: str, tmp_path: Path) -> None:
-    model = Headed()
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": r".*fc1|net\.embed|extra\.0", "scheme": "product"}]})
-    fairseq_qn.freeze(model)
-    whole = fairseq_qn.save(model, tmp_path / "whole", parts="float32")
-    size = fairseq_qn.save(model, tmp_path / "m", parts="float32", drop=["extra", "net.head"])
-    assert size.total < whole.total and size.total == fairseq_qn.predict_size(
-        model, parts="float32", drop=["extra", "net.head"]
-    )
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert plan["dropped"] == ["extra", "net.head"] and plan["ties"] == []
-    assert not [name for name in plan["tensors"] if name.startswith(("extra", "net.head"))]
-    loaded = fairseq_qn.load(tmp_path / "m", mode, Headed())
-    assert torch.equal(loaded.net.embed(IDS), model.net.embed(IDS))
-    for module, name in ((loaded.extra, "extra"), (loaded.net.head, "net.head")):
-        with pytest.raises(UnsupportedError, match=f"^{name}: was left out of the file when it was saved"):
-            module(IDS)
-    for wrong in ("exta", "", "net.head.weight"):
-        with pytest.raises(UnsupportedError, match=f"drop: the model has no module '{wrong}'"):
-            fairseq_qn.save(model, tmp_path / "n", drop=[wrong])
-    assert not (tmp_path / "n").exists()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_leaving_out_the_matched_owner_keeps_the_weight_for_the_other(mode: str, tmp_path: Path) -> None:
-    for build, drop, reader in ((Net, "embed", "head"), (Shared, "c", "d")):
-        model = build()
-        rule = {"layers": drop, "scheme": "product", "block_size": 4, "n_centroids": 5}
-        fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
-        fairseq_qn.freeze(model)
-        fairseq_qn.save(model, tmp_path / "m", parts="float32", drop=[drop])
-        loaded = fairseq_qn.load(tmp_path / "m", mode, build())
-        attribute = "table" if reader == "d" else "weight"
-        found, expected = (getattr(m.get_submodule(reader), attribute) for m in (loaded, model))
-        assert torch.equal(found, expected)
 
 
 # -- hostile values

@@ -11,7 +11,8 @@ EXTRAS = {
     "hf": ["transformers>=4.40", "tokenizers>=0.19"],
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
-EXTRAS["test"] = EXTRAS["all"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests only
+EXTRAS["test"] = EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
 
 setup(
     name="fairseq-qn",

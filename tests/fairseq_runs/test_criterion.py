@@ -192,6 +192,10 @@ def test_distillation_is_logged(distilled: Run) -> None:
 
 
 def test_figures_are_in_tensorboard(distilled: Run) -> None:
+    from fairseq.logging import progress_bar
+
+    for writer in progress_bar._tensorboard_writers.values():
+        writer.flush()  # its own thread writes when it likes, and at the end of the process
     found = {tag for path in (distilled.folder / "board").rglob("events*") for tag in tags(path)}
     wanted = {"qn_frozen_share", "qn_predicted_mb", "qn_distortion_ffn", "qn_distortion_emb", "qn_distortion_attn"}
     assert wanted | {"qn_distill_loss"} <= found

@@ -185,10 +185,10 @@ def test_only_namespace_has_to_be_allowed(tmp_path):
     torch.serialization.clear_safe_globals()  # other tests allow more
     try:
         assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == ["argparse.Namespace"]
+        with torch.serialization.safe_globals([Namespace]):  # forbids it again at its end
+            state = torch.load(path, weights_only=True)
     finally:
         torch.serialization.add_safe_globals(allowed)
-    with torch.serialization.safe_globals([Namespace]):
-        state = torch.load(path, weights_only=True)
     assert state["args"].arch == "roberta"
     words = state["model"]["encoder.sentence_encoder.embed_tokens.weight"]
     assert (words[1] == 0).all() and state["model"]["encoder.lm_head.weight"].data_ptr() == words.data_ptr()

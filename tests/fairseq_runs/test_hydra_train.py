@@ -31,10 +31,11 @@ def made(data, tmp_path_factory) -> Path:
         "task.tokens_per_sample=32", "optimization.max_update=4", "optimization.update_freq=[2]")  # fmt: skip
     configs = ["--config-dir", str(ROOT / "configs"), "--config-name"]
     run(*configs, "finetune", f"task.data={data.classes}",
-        "checkpoint.finetune_from_model=checkpoints/pretrain/checkpoint_last.pt", "task.max_positions=64", "optimization.max_update=3")  # fmt: skip
+        "checkpoint.finetune_from_model=checkpoints/pretrain/checkpoint_last.pt", "task.max_positions=64",
+        "optimization.max_update=3")  # fmt: skip
     run(*configs, "compress", f"task.data={data.classes}",
-        "checkpoint.finetune_from_model=checkpoints/finetune/checkpoint_last.pt", "task.max_positions=64", "task.quant_recipe=mine.yaml", "task.quant_stage_updates='1,2,4'",
-        "optimization.max_update=6")  # fmt: skip
+        "checkpoint.finetune_from_model=checkpoints/finetune/checkpoint_last.pt", "task.max_positions=64",
+        "task.quant_recipe=mine.yaml", "task.quant_stage_updates='1,2,4'", "optimization.max_update=6")  # fmt: skip
     return folder
 
 

@@ -91,7 +91,7 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
     if distributed:
         for view in views:
             if view.rule.scheme == "product":
-                torch.distributed.broadcast(view.codes.view(torch.uint8), owner[view.name])  # no backend takes int16
+                torch.distributed.broadcast(view.codes, owner[view.name])
                 view.codes.add_(0)  # a broadcast does not count as a write: tell caches that the codes changed
     return [
         LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), distortion(v), seconds.get(v.name, 0.0))

@@ -172,15 +172,6 @@ def install(module: nn.Module, attribute: str, view: WeightView) -> None:
     module.__class__ = _viewed_class(base, tuple(sorted(views)))
 
 
-def uninstall(module: nn.Module) -> None:
-    """Back to the ordinary class, without the views' buffers."""
-    for view in module.__dict__.pop("_qn_views", {}).values():
-        for name in view.buffer_names if view.home is module else ():
-            module._buffers.pop(name, None)
-    if hasattr(type(module), "_qn_base"):
-        module.__class__ = type(module)._qn_base
-
-
 def views_of(model: nn.Module) -> Iterator[WeightView]:
     """Every view in the model, once, in the order of its modules."""
     seen: set[int] = set()

@@ -22,10 +22,8 @@ RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal
 
 
 def codes_dtype(n_centroids: int) -> torch.dtype:
-    """The smallest dtype that holds codes 0 .. n_centroids - 1."""
-    if n_centroids <= 1 << 8:
-        return torch.uint8
-    return torch.int16 if n_centroids <= 1 << 15 else torch.int32
+    """The smallest dtype that holds codes 0 .. n_centroids - 1 and that DDP can broadcast, which int16 is not."""
+    return torch.uint8 if n_centroids <= 1 << 8 else torch.int32
 
 
 def code_bits(n_centroids: int) -> int:

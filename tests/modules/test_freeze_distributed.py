@@ -16,7 +16,7 @@ WORLD = 2
 
 
 class Wide(nn.Module):
-    """The small model, and layers whose codes take 16 and 32 bits."""
+    """The small model, and layers whose codes take more than 8 bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +36,18 @@ def frozen(kind: str) -> tuple[Wide, list[Any]]:
     return model, fairseq_qn.freeze(model, iterations=2)
 
 
+def gradient_under_ddp(rank: int) -> torch.Tensor:
+    """Of one frozen layer, whose buffers torch's DDP broadcasts, for inputs that differ by rank."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 40)
+    rule = {"layers": "", "scheme": "product", "block_size": 1, "n_centroids": 300}
+    fairseq_qn.apply(layer, {"version": 1, "rules": [rule]})
+    fairseq_qn.freeze(layer, iterations=2)
+    parallel = nn.parallel.DistributedDataParallel(layer) if torch.distributed.is_initialized() else layer
+    parallel(torch.full((1, 40), rank + 1.0)).pow(2).sum().backward()
+    return layer._parameters["weight"].grad
+
+
 def work(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=WORLD)
@@ -53,6 +65,7 @@ def work(rank: int, directory: str) -> None:
     fairseq_qn.apply(noisy, recipe(kind="proxy", p=0.5))
     fairseq_qn.set_update(noisy, 4)
     result["mask"] = noisy.block.fc1.weight.detach()
+    result["gradient"] = gradient_under_ddp(rank)
     torch.save(result, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -67,7 +80,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["proxy", "exact"])
 def test_all_hold_the_codes_of_a_single_process(kind: str, ranks: list[dict[str, Any]]) -> None:
     single, reports = frozen(kind)
-    assert {view.codes.dtype for view in views_of(single)} == {torch.uint8, torch.int16, torch.int32}
+    assert {view.codes.dtype for view in views_of(single)} == {torch.uint8, torch.int32}
     for rank in (found[kind] for found in ranks):
         assert rank["frozen"] and rank["errors"] == {report.name: report.error for report in reports}
         assert all(torch.equal(tensor, rank["state"][name]) for name, tensor in single.state_dict().items())
@@ -86,3 +99,9 @@ def test_the_layers_are_shared_out(kind: str, ranks: list[dict[str, Any]]) -> No
 
 def test_each_draws_masks_of_its_own(ranks: list[dict[str, Any]]) -> None:
     assert not torch.equal(ranks[0]["mask"], ranks[1]["mask"])
+
+
+def test_gradients_are_averaged_by_ddp(ranks: list[dict[str, Any]]) -> None:
+    expected = (gradient_under_ddp(0) + gradient_under_ddp(1)) / 2
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradient"], expected)

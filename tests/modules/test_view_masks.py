@@ -57,6 +57,18 @@ def test_set_update_says_which_mask() -> None:
     assert not torch.equal(draw(7, of=noisy(seed=1)), first)
 
 
+def test_evaluation_in_between_moves_no_mask() -> None:
+    seen = []
+    for evaluate in (False, True):
+        model = noisy()
+        model(IDS)
+        if evaluate:
+            model.eval()(IDS)
+        model.train()(IDS)
+        seen.append(model.block.fc1.weight.detach())
+    assert torch.equal(*seen)
+
+
 def test_ranks_draw_different_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = noisy()
     fairseq_qn.set_update(model, 1)

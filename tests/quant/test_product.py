@@ -112,7 +112,7 @@ def test_runs_of_blocks_meet_where_they_should(n: int) -> None:
     ("k", "dtype", "bits"),
     [
         (2, torch.uint8, 1), (3, torch.uint8, 2), (4, torch.uint8, 2), (255, torch.uint8, 8), (256, torch.uint8, 8),
-        (257, torch.int16, 9), (32_768, torch.int16, 15), (32_769, torch.int32, 16), (65_536, torch.int32, 16),
+        (257, torch.int32, 9), (32_768, torch.int32, 15), (32_769, torch.int32, 16), (65_536, torch.int32, 16),
     ],
 )  # fmt: skip
 def test_codes_are_as_narrow_as_they_can_be(k: int, dtype: torch.dtype, bits: int) -> None:

@@ -30,12 +30,11 @@ def made(data, tmp_path_factory) -> Path:
     run("--config-name", "pretrain", "task=qn_masked_lm", f"task.data={data.lm}", "task.quant_recipe=mine.yaml",
         "task.tokens_per_sample=32", "optimization.max_update=4", "optimization.update_freq=[2]")  # fmt: skip
     configs = ["--config-dir", str(ROOT / "configs"), "--config-name"]
-    run(*configs, "finetune", f"task.data={data.classes}",
-        "checkpoint.finetune_from_model=checkpoints/pretrain/checkpoint_last.pt", "task.max_positions=64",
-        "optimization.max_update=3")  # fmt: skip
-    run(*configs, "compress", f"task.data={data.classes}",
-        "checkpoint.finetune_from_model=checkpoints/finetune/checkpoint_last.pt", "task.max_positions=64",
-        "task.quant_recipe=mine.yaml", "task.quant_stage_updates='1,2,4'", "optimization.max_update=6")  # fmt: skip
+    run(*configs, "finetune", "checkpoint.finetune_from_model=checkpoints/pretrain/checkpoint_last.pt",
+        f"task.data={data.classes}", "task.max_positions=64", "optimization.max_update=3")  # fmt: skip
+    run(*configs, "compress", "checkpoint.finetune_from_model=checkpoints/finetune/checkpoint_last.pt",
+        f"task.data={data.classes}", "task.max_positions=64", "task.quant_recipe=mine.yaml",
+        "task.quant_stage_updates='1,2,4'", "optimization.max_update=6")  # fmt: skip
     return folder
 
 

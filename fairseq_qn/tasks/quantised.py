@@ -52,6 +52,7 @@ class QuantisedTask:
         """Set up fairseq's task. The recipe file is read here, once, and its text kept in the configuration."""
         if not kwargs.get("from_checkpoint"):
             _refuse_unsupported(cfg)
+            _warn_of_sending(cfg)
         text = getattr(cfg, "quant_recipe", None)
         if text:
             _remember(cfg, "quant_recipe", Recipe.load(text).to_json())
@@ -70,6 +71,7 @@ class QuantisedTask:
         strict = not from_checkpoint  # a checkpoint's model may be built here for another use, with other heads
         logger.info("recipe: %s", api.apply(model, recipe, strict=strict))
         self._boundaries = _boundaries(recipe, self._config)
+        _warn_of_late(self._boundaries, self._config)
         return model
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
@@ -157,23 +159,49 @@ def _boundaries(recipe: Recipe, config: Any) -> dict[str, tuple[str, int]]:
     return {name: at for name, at in own.items() if at[1] is not None}
 
 
-def _refuse_unsupported(cfg: Any) -> None:
-    """What the views cannot live with, from the other groups of options.
+def _elsewhere(cfg: Any, option: str) -> Any:
+    """An option of another group, from the whole configuration; None where the task's own stands alone.
 
     Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for True.
     """
     parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
-    if parent is None:
-        return
-    if OmegaConf.select(parent, "ema.store_ema"):
+    return None if parent is None else OmegaConf.select(parent, option)
+
+
+def _refuse_unsupported(cfg: Any) -> None:
+    """What the views cannot live with."""
+    if _elsewhere(cfg, "ema.store_ema"):
         raise UnsupportedError(
             "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes means nothing. "
             "Train without --store-ema"
         )
-    if OmegaConf.select(parent, "distributed_training.ddp_backend") == "fully_sharded":
+    if _elsewhere(cfg, "distributed_training.ddp_backend") == "fully_sharded":
         raise UnsupportedError(
             "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d"
         )
+    if _elsewhere(cfg, "common.quantization_config_path"):
+        raise UnsupportedError(
+            "--quantization-config-path: fairseq's quantiser replaces the layers that views read; "
+            "give that file as --quant-recipe"
+        )
+
+
+def _warn_of_sending(cfg: Any) -> None:
+    """With several ranks fairseq has the first send the checkpoint to the others, with objects that safe loading refuses."""
+    alone = (_elsewhere(cfg, "distributed_training.distributed_world_size") or 1) == 1
+    if not alone and not _elsewhere(cfg, "checkpoint.load_checkpoint_on_all_dp_ranks"):
+        logger.warning("add --load-checkpoint-on-all-dp-ranks: without it torch >= 2.6 cannot resume on several ranks")
+
+
+def _warn_of_late(boundaries: dict[str, tuple[str, int]], cfg: Any) -> None:
+    """A stage is frozen at the beginning of the update or epoch that follows its number, if there is one."""
+    last = {"update": _elsewhere(cfg, "optimization.max_update") or 0, "epoch": _elsewhere(cfg, "optimization.max_epoch") or 0}
+    for stage, (unit, at) in boundaries.items():
+        if 0 < last[unit] < at + (unit == "update"):
+            logger.warning(
+                "stage %s: %s %d is not before the end of training (--max-%s %d), which leaves it unfrozen; "
+                "`fairseq-qn compress` will freeze it without any training after", stage, unit, at, unit, last[unit]
+            )  # fmt: skip
 
 
 def _remember(cfg: Any, key: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_the_interface_answers_as_the_training_model(made: Made, mode: str) -> N
         for many, others in zip(ours.generate(tokens, beam=3), theirs.generate(tokens, beam=3)):
             scores = [torch.stack([hypothesis["score"] for hypothesis in found]) for found in (many, others)]
             assert torch.allclose(*scores, atol=1e-4)
+
+
+def test_predict(made: Made, capsys: pytest.CaptureFixture) -> None:
+    """The command line answers with what the interface says."""
+    capsys.readouterr()
+    assert main(["predict", str(made.small), *LINES[:2], "--json", "--beam", "3"]) == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    hub = made.model_class.from_pretrained(made.small)
+    assert [row["answers"][0]["text"] for row in rows] == hub.translate(LINES[:2], beam=3)
 
 
 def test_half_precision_parts(made: Made, tmp_path: Path) -> None:

@@ -137,6 +137,25 @@ def test_ema_is_refused(refused: Callable[..., str]) -> None:
     assert "--store-ema" in refused("--store-ema")
 
 
+def test_fairseqs_own_quantiser_is_refused(refused: Callable[..., str]) -> None:
+    assert "--quant-recipe" in refused({"--quantization-config-path": "x.yaml"})
+
+
+@pytest.mark.parametrize(
+    ("options", "late"),
+    [
+        ({"--quant-stage-updates": "1,2,3", "--max-update": 3}, ["attn"]),
+        ({"--quant-stage-updates": "1,1,2", "--max-update": 3}, []),
+        ({"--quant-stage-epochs": "1,2,2", "--max-epoch": 1, "--max-update": 1}, ["emb", "attn"]),
+    ],
+)
+def test_a_stage_after_the_end_is_warned_of(options: dict, late: list[str], data, tmp_path: Path) -> None:
+    run = train(tmp_path, data.lm, MLM, options, {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())})
+    warned = [text.split()[1].rstrip(":") for _, text in run.lines if "not before the end of training" in text]
+    assert warned == late
+    assert (run.logged()[-1]["qn_frozen_share"] < 1) == bool(late)
+
+
 def test_fully_sharded_is_refused(refused: Callable[..., str]) -> None:
     assert "fully_sharded" in refused({"--ddp-backend": "fully_sharded"})
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import EACH, MLM, PLUGIN, arguments, differing, recipe, train, write_recipe
+from fairseq_run import EACH, MLM, PLUGIN, arguments, build, differing, listening, recipe, train, write_recipe
 
 STAGED = {"--quant-stage-updates": "2,3,5", "--max-update": 7}
+ON_ALL = {"--distributed-world-size": 2, "--load-checkpoint-on-all-dp-ranks": None}
 QUIET = {"--dropout": 0, "--attention-dropout": 0}
 
 # fairseq-train, several times over in one process; afterwards each rank keeps its model and what it drew and logged
@@ -65,15 +66,12 @@ def ranks(data, tmp_path_factory) -> Ranks:
         port = free.getsockname()[1]
     common = [data.lm, MLM, STAGED, {"--cpu": None, "--ddp-backend": "legacy_ddp", "--distributed-backend": "gloo"}]
     common += [{"--distributed-world-size": 2, "--distributed-no-spawn": None, "--user-dir": PLUGIN}]
-    common += [{"--distributed-init-method": f"tcp://127.0.0.1:{port}", "--load-checkpoint-on-all-dp-ranks": None}]
+    common += [{"--distributed-init-method": f"tcp://127.0.0.1:{port}"}]
+    middle = {"--restore-file": folder / "straight" / "checkpoint_1_3.pt"}
     runs = {
         "straight": [common, noisy, EACH, {"--save-dir": folder / "straight"}],
         "quiet": [common, quiet, QUIET, {"--save-dir": folder / "quiet"}],
-        "resumed": [
-            common,
-            noisy,
-            {"--save-dir": folder / "resumed", "--restore-file": folder / "straight/checkpoint_1_3.pt"},
-        ],
+        "resumed": [common, noisy, middle, {"--save-dir": folder / "all", "--load-checkpoint-on-all-dp-ranks": None}],
     }
     words = json.dumps({name: arguments(parts) for name, parts in runs.items()})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -109,8 +107,17 @@ def test_each_rank_draws_its_own_masks(ranks: Ranks) -> None:
 def test_resumed_on_all_ranks(ranks: Ranks) -> None:
     for rank in range(2):
         assert differing(ranks.end("straight", rank)["model"], ranks.end("resumed", rank)["model"]) == []
-    logged = [[line["loss"] for line in ranks.end(name, 0)["lines"]] for name in ("straight", "resumed")]
+    logged = [[line["loss"] for line in ranks.end(which, 0)["lines"]] for which in ("straight", "resumed")]
     assert logged[0][3:] == logged[1]
+
+
+def test_the_option_for_it_is_recommended(data) -> None:
+    """Without it fairseq has the first rank send the checkpoint on, as a pickle that torch >= 2.6 refuses."""
+    for more, warned in (({}, False), ({"--distributed-world-size": 2}, True), (ON_ALL, False)):
+        lines: list[tuple[str, str]] = []
+        with listening(lines):
+            build(data.lm, MLM, more)
+        assert any("--load-checkpoint-on-all-dp-ranks" in text for name, text in lines if "quantised" in name) == warned
 
 
 def test_figures_as_of_one_process(ranks: Ranks, data, tmp_path: Path) -> None:

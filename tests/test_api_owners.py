@@ -58,6 +58,7 @@ class Shared(nn.Module):
         self.c = nn.Linear(8, 8)
         self.d = nn.Module()
         self.d.table = self.c.weight
+        self.e = self.d
 
     def forward(self, ids: Tensor) -> Tensor:
         x = torch.nn.functional.one_hot(ids, 20)[..., :8].float()

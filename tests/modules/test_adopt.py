@@ -128,16 +128,17 @@ def test_layers_without_a_rule_here_lose_their_codes_unless_frozen() -> None:
 
 
 class Oscillator(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, phase: Tensor) -> None:
         super().__init__()
         self.weight, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(4, 4)
-        self.register_buffer("phase", torch.zeros(3))
+        self.register_buffer("phase", phase)
 
 
-def test_a_phase_that_is_no_views_is_left_alone() -> None:
-    model = Oscillator()
+@pytest.mark.parametrize("phase", [torch.zeros(3), torch.zeros(()), torch.zeros(3).byte()])
+def test_a_phase_that_is_no_views_is_left_alone(phase: Tensor) -> None:
+    model = Oscillator(phase)
     fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "inner", "scheme": "product", "block_size": 2}]})
-    state = state_of(Oscillator())
+    state = state_of(Oscillator(phase))
     load(model, state)
     assert "phase" in state and "inner.phase" in state
 

@@ -42,9 +42,9 @@ class QuantisedModel:
         with open_dict(args) if OmegaConf.is_config(args) else _nothing():
             recipe = _recipe_for(args, task)
             for name in _UPSTREAM_NOISE:  # its hooks overwrite weights; the recipe stands for them from here on
-                _remember(args, name, 0)
+                remember(args, "model", name, 0)
             if recipe is not None:
-                _remember(args, "quant_recipe", recipe.to_json())
+                remember(args, "model", "quant_recipe", recipe.to_json())
             model = super().build_model(args, task)
             model.__dict__["_qn_source"] = describe(args, task)
         if recipe is not None:
@@ -88,13 +88,13 @@ def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
     return short_recipe(p, 1, bits=8) if p > 0 else None
 
 
-def _remember(args: Namespace | DictConfig, key: str, value: Any) -> None:
-    """Set a model option here and in the trainer's configuration, of which fairseq may have handed out a merged copy."""
-    setattr(args, key, value)
-    parent = args._get_parent() if OmegaConf.is_config(args) else None
-    if parent is not None and OmegaConf.is_config(parent.get("model")):
-        with open_dict(parent.model):
-            parent.model[key] = value
+def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -> None:
+    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged copy."""
+    setattr(config, key, value)
+    parent = config._get_parent() if OmegaConf.is_config(config) else None
+    if parent is not None and OmegaConf.is_config(parent.get(group)):
+        with open_dict(parent[group]):
+            parent[group][key] = value
 
 
 def _config_of(task: Any) -> Any:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
+from fairseq_qn.models.quantised import remember
 from fairseq_qn.modules.freeze import refresh_views
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
@@ -55,7 +56,7 @@ class QuantisedTask:
             _warn_of_sending(cfg)
         text = getattr(cfg, "quant_recipe", None)
         if text:
-            _remember(cfg, "quant_recipe", Recipe.load(text).to_json())
+            remember(cfg, "task", "quant_recipe", Recipe.load(text).to_json())
         return super().setup_task(cfg, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -202,15 +203,6 @@ def _warn_of_late(boundaries: dict[str, tuple[str, int]], cfg: Any) -> None:
                 "stage %s: %s %d is not before the end of training (--max-%s %d), which leaves it unfrozen; "
                 "`fairseq-qn compress` will freeze it without any training after", stage, unit, at, unit, last[unit]
             )  # fmt: skip
-
-
-def _remember(cfg: Any, key: str, value: Any) -> None:
-    """Set a task option here and in the trainer's configuration, of which fairseq hands out a merged copy."""
-    setattr(cfg, key, value)
-    parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
-    if parent is not None and OmegaConf.is_config(parent.get("task")):
-        with open_dict(parent.task):
-            parent.task[key] = value
 
 
 def _bar(title: str) -> Any:

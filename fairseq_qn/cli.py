@@ -90,7 +90,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Answer sentences: labels of a classifier, fillings of <mask>, translations or continuations."""
+    """Answer sentences: labels or the value of a classifier, fillings of <mask>, translations or continuations."""
     interface = _hub().load_interface(args.file, args.mode)
     for line in args.sentence or (line.rstrip("\n") for line in sys.stdin):
         answers = _answer(interface, line, args)
@@ -125,6 +125,9 @@ def _answer(interface: Any, line: str, args: argparse.Namespace) -> list[tuple[s
         return [(interface.translate(line, beam=args.beam), None)]
     if "<mask>" in line:
         return [(text, score) for text, score, _ in interface.fill_mask(line, topk=args.top)]
+    value = interface.regress(*line.split("\t"), head=args.head)
+    if value is not None:
+        return [(f"{value:.4f}", None)]
     return interface.classify(*line.split("\t"), head=args.head)[: args.top]
 
 

@@ -73,13 +73,22 @@ class QNRobertaHub(RobertaHubInterface):
     @torch.inference_mode()
     def classify(self, *sentences: str, head: str | None = None) -> list[tuple[str, float]]:
         """[(label, probability)] of one sentence, or of a pair, the likeliest first."""
+        chances = self._logits(sentences, head).softmax(-1)
+        names = self.labels if len(self.labels) >= len(chances) else [str(i) for i in range(len(chances))]
+        return sorted(zip(names, chances.tolist(), strict=False), key=lambda item: -item[1])
+
+    @torch.inference_mode()
+    def regress(self, *sentences: str, head: str | None = None) -> float | None:
+        """The value of one sentence, or of a pair, from a head of one output; None from a head of classes."""
+        logits = self._logits(sentences, head)
+        return float(logits[0]) if len(logits) == 1 else None
+
+    def _logits(self, sentences: Sequence[str], head: str | None) -> Tensor:
         heads = list(self.model.classification_heads)
         head = head or (heads[0] if heads else None)
         if head not in heads:
             raise UnsupportedError(f"classify: expected one of the heads {heads}, found {head!r}")
-        chances = self.predict(head, self.encode(*sentences)).exp().flatten()
-        names = self.labels if len(self.labels) >= len(chances) else [str(i) for i in range(len(chances))]
-        return sorted(zip(names, chances.tolist(), strict=False), key=lambda item: -item[1])
+        return self.predict(head, self.encode(*sentences), return_logits=True).flatten().float()
 
 
 def load_interface(path: str | Path, mode: str = "dense") -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from fairseq_run import CLASSES, EACH, MLM, RESETS, Run, build, differing, recip
 import fairseq_qn
 from fairseq_qn.cli import main
 from fairseq_qn.errors import MismatchError
+from fairseq_qn.hub import QNRobertaModel
 from fairseq_qn.modules.view import FROZEN, views_of
 
 HEADS = r"classification_heads\..*\.(dense|out_proj)"
@@ -143,3 +146,28 @@ def test_a_checkpoint_without_a_recipe_takes_one(data, tmp_path: Path, tokens: t
         f"classification_heads.sentence_classification_head.{part}.weight" for part in ("dense", "out_proj")
     }
     assert predict(fairseq_qn.load(small), tokens).shape == predict(run.model, tokens).shape
+
+
+def test_regression(data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """--regression-target reaches the wrapped criterion, and the file answers with the number, not with a class."""
+    folder = tmp_path / "values"
+    shutil.copytree(data.classes, folder)
+    shutil.rmtree(folder / "label")
+    (folder / "label").mkdir()
+    for split in ("train", "valid"):
+        rows = (data.root / f"{split}.src").read_text().splitlines()
+        (folder / "label" / f"{split}.label").write_text("".join(f"{len(row.split()) / 10}\n" for row in rows))
+    options = {**CLASSES, "--num-classes": 1, "--regression-target": None, "--max-update": 30, "--lr": 5e-3}
+    options |= {"--quant-stage-updates": "10,12,14", "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
+    run = train(tmp_path / "run", folder, options)
+    losses = [figures["loss"] for figures in run.logged()]
+    assert losses[-1] < losses[0] / 2
+    small = tmp_path / "x.qn.safetensors"
+    words = ["-o", str(small), "--bpe", "sentencepiece", "--bpe-files", str(data.pieces), "--parts", "float32"]
+    assert main(["compress", str(run.folder / "checkpoint_last.pt"), *words]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(small), "ka lo", "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    hub = QNRobertaModel.from_pretrained(small)
+    assert float(answer["text"]) == pytest.approx(float(predict(run.model, hub.encode("ka lo")[None])), abs=1e-4)
+    assert answer["score"] is None

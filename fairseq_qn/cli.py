@@ -125,10 +125,10 @@ def _answer(interface: Any, line: str, args: argparse.Namespace) -> list[tuple[s
         return [(interface.translate(line, beam=args.beam), None)]
     if "<mask>" in line:
         return [(text, score) for text, score, _ in interface.fill_mask(line, topk=args.top)]
-    value = interface.regress(*line.split("\t"), head=args.head)
-    if value is not None:
-        return [(f"{value:.4f}", None)]
-    return interface.classify(*line.split("\t"), head=args.head)[: args.top]
+    sentences = line.split("\t")
+    if interface.is_regression(args.head):
+        return [(f"{interface.regress(*sentences, head=args.head):.4f}", None)]
+    return interface.classify(*sentences, head=args.head)[: args.top]
 
 
 def _hub() -> Any:

@@ -78,17 +78,25 @@ class QNRobertaHub(RobertaHubInterface):
         return sorted(zip(names, chances.tolist(), strict=False), key=lambda item: -item[1])
 
     @torch.inference_mode()
-    def regress(self, *sentences: str, head: str | None = None) -> float | None:
-        """The value of one sentence, or of a pair, from a head of one output; None from a head of classes."""
-        logits = self._logits(sentences, head)
-        return float(logits[0]) if len(logits) == 1 else None
+    def regress(self, *sentences: str, head: str | None = None) -> float:
+        """The value of one sentence, or of a pair, from a head of one output. Raises UnsupportedError for another."""
+        if not self.is_regression(head):
+            raise UnsupportedError(f"regress: expected a head of one output, found {head or 'the first'} with classes")
+        return float(self._logits(sentences, head)[0])
+
+    def is_regression(self, head: str | None = None) -> bool:
+        """Whether a head has one output, a number, rather than classes."""
+        return self.model.classification_heads[self._head(head)].out_proj.out_features == 1
 
     def _logits(self, sentences: Sequence[str], head: str | None) -> Tensor:
+        return self.predict(self._head(head), self.encode(*sentences), return_logits=True).flatten().float()
+
+    def _head(self, head: str | None) -> str:
         heads = list(self.model.classification_heads)
         head = head or (heads[0] if heads else None)
         if head not in heads:
             raise UnsupportedError(f"classify: expected one of the heads {heads}, found {head!r}")
-        return self.predict(head, self.encode(*sentences), return_logits=True).flatten().float()
+        return head
 
 
 def load_interface(path: str | Path, mode: str = "dense") -> Any:

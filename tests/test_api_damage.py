@@ -5,76 +5,25 @@ Forged files have the right digests, so that only the claim itself can give them
 
 from __future__ import annotations
 
-import copy
 import pickle
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forging import Plan, Tensors, forge, fresh, parts, refusal, save_a_file
 from small import Net, recipe
-from torch import Tensor, nn
+from torch import nn
 
 import fairseq_qn
-from fairseq_qn.artifact import bitpack, container
-from fairseq_qn.errors import FormatError, MismatchError, QNError, UnsupportedError
-
-Tensors = dict[str, Tensor]
-Plan = dict[str, Any]
+from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with product and integer layers, K = 200, a tie, a dropped module and a file that travels along."""
-    model = Net()
-    model.extra = nn.Linear(3, 3)
-    data = recipe("embed", "conv", "mix", k=200, block_size=1)
-    for name in (r"block\.fc1", r"block\.fc2"):
-        data["rules"].append({"layers": name, "scheme": "integer", "bits": 3, "granularity": "group", "group_size": 8})
-    fairseq_qn.apply(model, data)
-    fairseq_qn.freeze(model)
-    path = tmp_path_factory.mktemp("saved") / "m.qn.safetensors"
-    fairseq_qn.save(model, path, drop=["extra"], assets={"words.txt": b"words " * 100}, source={"config": {"d": [8]}})
-    plan = fairseq_qn.inspect(path)
-    assert plan["layers"]["conv.weight"]["n_centroids"] == 108 and plan["layers"]["embed.weight"]["n_centroids"] == 152
-    return path
-
-
-def fresh() -> Net:
-    model = Net(seed=4)
-    model.extra = nn.Linear(3, 3)
-    return model
-
-
-def parts(path: Path) -> tuple[Tensors, Plan]:
-    tensors, plan = container.read(path)
-    return tensors, {key: value for key, value in plan.items() if key != "tensors"}
-
-
-def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module | None = None) -> str:
-    """The message with which both modes of load refuse a file, without touching the model."""
-    model = fresh() if model is None else model
-    before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
-    for mode in ("dense", "packed"):
-        with pytest.raises(expected) as error:
-            fairseq_qn.load(path, mode, model)
-        message = str(error.value)
-        assert "\n" not in message and len(message) < 700
-        assert [type(m) for m in model.modules()] == modules
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    if expected is FormatError:
-        assert str(path) in message
-    return message
-
-
-def forge(saved: Path, target: Path, edit: Callable[[Tensors, Plan], object]) -> Path:
-    tensors, plan = parts(saved)
-    edit(tensors, plan)
-    container.write(target, tensors, plan)
-    return target
+    return save_a_file(tmp_path_factory.mktemp("saved"))
 
 
 def test_the_forger_can_write_a_good_file(saved: Path, tmp_path: Path) -> None:
@@ -168,114 +117,6 @@ def test_bits_after_the_last_code(saved: Path, tmp_path: Path) -> None:
         tensors["conv.weight/codes"][-1] |= 128  # 108 codes of 7 bits are 756 bits, and four are left over
 
     assert "conv.weight: packed codes: expected zero bits" in refusal(forge(saved, tmp_path / "f", edit))
-
-
-def test_a_manifest_that_claims_10_to_the_12_elements(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claims = [
-        *(
-            {"shape": shape}
-            for shape in ([10**12, 8], [10**6, 10**6], [2, 10**12], [10**19, 2], [20, 8, 10**12], [10**300, 8])
-        ),
-        *({"n_centroids": n} for n in (10**12, 65_537, 0, -1)),
-        *({"block_size": d} for d in (10**12, 4097, 0, -1, 3)),
-    ]
-    for layer in ("embed.weight", "block.fc1.weight"):
-        for claim in claims:
-            if layer == "block.fc1.weight" and "shape" not in claim:
-                continue
-            path = forge(saved, tmp_path / "f", lambda t, p, c=claim, n=layer: p["layers"][n].update(c))
-            with monkeypatch.context() as patch:
-                patch.setattr(bitpack, "unpack", lambda *_: pytest.fail("unpacked"))
-                assert f"layer {layer!r}: " in refusal(path)
-                with pytest.raises(FormatError):
-                    fairseq_qn.inspect(path)
-
-
-def test_a_small_file_cannot_claim_a_large_weight(saved: Path, tmp_path: Path) -> None:
-    """Consistent with its tensors: one byte of codes for 8 blocks, each as long as the codebook's rows."""
-
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        d = 1 << 20
-        plan["layers"]["embed.weight"].update(shape=[8 * 1000, d], block_size=d, n_centroids=1, padding_idx=None)
-        tensors["embed.weight/codes"] = torch.zeros(1000, dtype=torch.uint8)
-        tensors["embed.weight/codebook"] = torch.zeros(1, d, dtype=torch.float16)
-
-    assert "a field is missing or out of range" in refusal(forge(saved, tmp_path / "f", edit))
-
-
-def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) -> None:
-    def assets(edit: Callable[[Tensors, Plan], object]) -> str:
-        with pytest.raises(FormatError) as error:
-            _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets
-        assert "\n" not in str(error.value) and "asset 'words.txt'" in str(error.value)
-        return str(error.value)
-
-    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
-    assert "expected 600 bytes, found 601+" in assets(lambda t, p: t.update({"asset:words.txt": bomb}))
-    assert "expected 601 bytes, found 600" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=601))
-    assert "expected 599 bytes, found 600+" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=599))
-    assert "cannot be unpacked" in assets(lambda t, p: t["asset:words.txt"].zero_())
-    for size in (10**12, -1, None, "600"):
-        assert "no sensible size" in assets(lambda t, p, s=size: p["assets"]["words.txt"].update(bytes=s))
-
-
-def nodes(data: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every place in nested data, as its path of keys."""
-    if path:
-        yield path
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        yield from nodes(value, (*path, key))
-
-
-HOSTILE = [None, True, -1, 0, 3, 10**12, 1.5, "", "embed.weight", [], [[]], [10**12] * 3, {}, {"x": None}, ...]
-
-
-def test_no_edit_of_the_manifest_gets_past_a_named_error(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every place of the manifest set to every hostile value: it loads, or fails by name and in one line."""
-    monkeypatch.setattr("os.fsync", lambda _: None)  # a thousand files
-    tensors, plan = parts(saved)
-    path, loaded = tmp_path / "f", set()
-    places = [place for place in nodes(plan) if place[0] not in ("recipe", "producer")]
-    assert len(places) > 60
-    for place in places:
-        for value in HOSTILE:
-            forged = copy.deepcopy(plan)
-            home = forged
-            for key in place[:-1]:
-                home = home[key]
-            if value is ...:
-                del home[place[-1]]
-            else:
-                home[place[-1]] = value
-            if forged == plan:
-                continue
-            container.write(path, tensors, forged)
-            try:
-                fairseq_qn.load(path, "packed", fresh())
-                loaded.add(place[0])
-            except QNError as error:
-                assert "\n" not in str(error) and len(str(error)) < 700, (place, value)
-            except BaseException as error:
-                raise AssertionError(f"{place} = {value!r} raised {error!r}") from error
-    assert loaded <= {
-        "source",
-        "assets",
-        "layers",
-        "exponents",
-        "parts",
-    }  # what a model that is passed in does not need
-
-
-@pytest.mark.parametrize("source", [{"builder": "none such"}, {"builder": ["x"]}, {"builder": {}}, {"builder": 5}])
-def test_unknown_builders(source: Plan, saved: Path, tmp_path: Path) -> None:
-    path = forge(saved, tmp_path / "f", lambda t, p: p.update(source=source))
-    with pytest.raises(FormatError, match="source.builder: expected one of"):
-        fairseq_qn.load(path)
 
 
 # -- whole files, other models

@@ -142,8 +142,8 @@ def test_codes_are_refreshed_every_n_updates() -> None:
         for micro in range(2):
             fairseq_qn.set_update(model, update, micro)
             learned.append(model.embed.codes.clone())
-        with torch.no_grad():
-            model.embed._parameters["weight"].normal_(generator=torch.Generator().manual_seed(update))
+            with torch.no_grad():
+                model.embed._parameters["weight"].normal_(generator=torch.Generator().manual_seed(2 * update + micro))
     changed = [i for i in range(1, len(learned)) if not torch.equal(learned[i], learned[i - 1])]
     assert changed == [6, 12]  # the first micro-batch of updates 3 and 6
 

@@ -1,0 +1,70 @@
+"""A saved file, and ways to write one that claims something else under the right digests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import Net, recipe
+from torch import Tensor, nn
+
+import fairseq_qn
+from fairseq_qn.artifact import container
+from fairseq_qn.errors import FormatError, QNError
+
+Tensors = dict[str, Tensor]
+Plan = dict[str, Any]
+
+
+def save_a_file(folder: Path) -> Path:
+    """A file with product and integer layers, K = 200, a tie, a dropped module and a file that travels along."""
+    model = Net()
+    model.extra = nn.Linear(3, 3)
+    data = recipe("embed", "conv", "mix", k=200, block_size=1)
+    for name in (r"block\.fc1", r"block\.fc2"):
+        data["rules"].append({"layers": name, "scheme": "integer", "bits": 3, "granularity": "group", "group_size": 8})
+    fairseq_qn.apply(model, data)
+    fairseq_qn.freeze(model)
+    path = folder / "m.qn.safetensors"
+    fairseq_qn.save(model, path, drop=["extra"], assets={"words.txt": b"words " * 100}, source={"config": {"d": [8]}})
+    plan = fairseq_qn.inspect(path)
+    assert plan["layers"]["conv.weight"]["n_centroids"] == 108 and plan["layers"]["embed.weight"]["n_centroids"] == 152
+    return path
+
+
+def fresh() -> Net:
+    model = Net(seed=4)
+    model.extra = nn.Linear(3, 3)
+    return model
+
+
+def parts(path: Path) -> tuple[Tensors, Plan]:
+    tensors, plan = container.read(path)
+    return tensors, {key: value for key, value in plan.items() if key != "tensors"}
+
+
+def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module | None = None) -> str:
+    """The message with which both modes of load refuse a file, without touching the model."""
+    model = fresh() if model is None else model
+    before, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    for mode in ("dense", "packed"):
+        with pytest.raises(expected) as error:
+            fairseq_qn.load(path, mode, model)
+        message = str(error.value)
+        assert "\n" not in message and len(message) < 700
+        assert [type(m) for m in model.modules()] == modules
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    if expected is FormatError:
+        assert str(path) in message
+    return message
+
+
+def forge(saved: Path, target: Path, edit: Callable[[Tensors, Plan], object]) -> Path:
+    tensors, plan = parts(saved)
+    edit(tensors, plan)
+    container.write(target, tensors, plan)
+    return target

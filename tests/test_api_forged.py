@@ -1,0 +1,155 @@
+"""Claims of a forged manifest, as `load` and `inspect` meet them: refused by name, before memory is taken.
+
+The digests are right, so that only the claim itself can give the file away.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forging import Plan, Tensors, forge, fresh, parts, refusal, save_a_file
+
+import fairseq_qn
+from fairseq_qn.artifact import bitpack, container
+from fairseq_qn.errors import FormatError, QNError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_a_file(tmp_path_factory.mktemp("saved"))
+
+
+def test_a_manifest_that_claims_10_to_the_12_elements(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = [
+        *(
+            {"shape": shape}
+            for shape in ([10**12, 8], [10**6, 10**6], [2, 10**12], [10**19, 2], [20, 8, 10**12], [10**300, 8])
+        ),
+        *({"n_centroids": n} for n in (10**12, 65_537, 0, -1)),
+        *({"block_size": d} for d in (10**12, 4097, 0, -1, 3)),
+    ]
+    for layer in ("embed.weight", "block.fc1.weight"):
+        for claim in claims:
+            if layer == "block.fc1.weight" and "shape" not in claim:
+                continue
+            path = forge(saved, tmp_path / "f", lambda t, p, c=claim, n=layer: p["layers"][n].update(c))
+            with monkeypatch.context() as patch:
+                patch.setattr(bitpack, "unpack", lambda *_: pytest.fail("unpacked"))
+                assert f"layer {layer!r}: " in refusal(path)
+                with pytest.raises(FormatError):
+                    fairseq_qn.inspect(path)
+
+
+def test_a_small_file_cannot_claim_a_large_weight(saved: Path, tmp_path: Path) -> None:
+    """Consistent with its tensors: one byte of codes for 8 blocks, each as long as the codebook's rows."""
+
+    def edit(tensors: Tensors, plan: Plan) -> None:
+        d = 1 << 20
+        plan["layers"]["embed.weight"].update(shape=[8 * 1000, d], block_size=d, n_centroids=1, padding_idx=None)
+        tensors["embed.weight/codes"] = torch.zeros(1000, dtype=torch.uint8)
+        tensors["embed.weight/codebook"] = torch.zeros(1, d, dtype=torch.float16)
+
+    assert "a field is missing or out of range" in refusal(forge(saved, tmp_path / "f", edit))
+
+
+FIELDS = [
+    *(("embed.weight", "padding_idx", value) for value in (20, -1, 1.0, True, "1")),
+    *(("embed.weight", "exponent", value) for value in (1001, 10**12, -1001, 0.5, None)),
+    *(("embed.weight", "scheme", value) for value in ("pq", None)),
+    *(("block.fc1.weight", "bits", value) for value in (1, 9, 3.0, None)),
+    *(("block.fc1.weight", "granularity", value) for value in ("row", None)),
+    *(("block.fc1.weight", "group_size", value) for value in (0, 3, None)),
+]
+
+
+@pytest.mark.parametrize(("layer", "field", "value"), FIELDS)
+def test_fields_out_of_range(layer: str, field: str, value: Any, saved: Path, tmp_path: Path) -> None:
+    path = forge(saved, tmp_path / "f", lambda t, p: p["layers"][layer].update({field: value}))
+    assert f"layer {layer!r}: " in refusal(path)
+
+
+@pytest.mark.parametrize("exponent", [1001, -1001, 10**12, 0.5, None, "1"])
+def test_exponents_out_of_range(exponent: Any, saved: Path, tmp_path: Path) -> None:
+    path = forge(saved, tmp_path / "f", lambda t, p: p["exponents"].update({"block.norm.bias": exponent}))
+    assert "block.norm.bias: exponent: expected a small whole number" in refusal(path)
+
+
+def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) -> None:
+    def assets(edit: Callable[[Tensors, Plan], object]) -> str:
+        with pytest.raises(FormatError) as error:
+            _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets
+        assert "\n" not in str(error.value) and "asset 'words.txt'" in str(error.value)
+        return str(error.value)
+
+    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
+    assert "expected 600 bytes, found 601+" in assets(lambda t, p: t.update({"asset:words.txt": bomb}))
+    assert "expected 601 bytes, found 600" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=601))
+    assert "expected 599 bytes, found 600+" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=599))
+    assert "cannot be unpacked" in assets(lambda t, p: t["asset:words.txt"].zero_())
+    for size in (10**12, -1, None, "600"):
+        assert "no sensible size" in assets(lambda t, p, s=size: p["assets"]["words.txt"].update(bytes=s))
+
+
+def nodes(data: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every place in nested data, as its path of keys."""
+    if path:
+        yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from nodes(value, (*path, key))
+
+
+HOSTILE = [None, True, -1, 0, 3, 10**12, 1.5, "", "embed.weight", [], [[]], [10**12] * 3, {}, {"x": None}, ...]
+
+
+def test_no_edit_of_the_manifest_gets_past_a_named_error(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every place of the manifest set to every hostile value: it loads, or fails by name and in one line."""
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a thousand files
+    tensors, plan = parts(saved)
+    path, loaded = tmp_path / "f", set()
+    places = [place for place in nodes(plan) if place[0] not in ("recipe", "producer")]
+    assert len(places) > 60
+    for place in places:
+        for value in HOSTILE:
+            forged = copy.deepcopy(plan)
+            home = forged
+            for key in place[:-1]:
+                home = home[key]
+            if value is ...:
+                del home[place[-1]]
+            else:
+                home[place[-1]] = value
+            if forged == plan:
+                continue
+            container.write(path, tensors, forged)
+            try:
+                fairseq_qn.load(path, "packed", fresh())
+                loaded.add(place[0])
+            except QNError as error:
+                assert "\n" not in str(error) and len(str(error)) < 700, (place, value)
+            except BaseException as error:
+                raise AssertionError(f"{place} = {value!r} raised {error!r}") from error
+    assert loaded <= {
+        "source",
+        "assets",
+        "layers",
+        "exponents",
+        "parts",
+    }  # what a model that is passed in does not need
+
+
+@pytest.mark.parametrize("source", [{"builder": "none such"}, {"builder": ["x"]}, {"builder": {}}, {"builder": 5}])
+def test_unknown_builders(source: Plan, saved: Path, tmp_path: Path) -> None:
+    path = forge(saved, tmp_path / "f", lambda t, p: p.update(source=source))
+    with pytest.raises(FormatError, match="source.builder: expected one of"):
+        fairseq_qn.load(path)

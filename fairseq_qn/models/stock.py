@@ -46,7 +46,7 @@ def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[s
 def _weights(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The stored tensors without the views' buffers; under every name of a frozen weight, what is read."""
     views = list(views_of(model))
-    buffers = {view.name[: -len(view.attribute)] + name for view in views for name in view.buffer_names}
+    buffers = {key for view in views for key in view.buffer_keys}
     decoded = {id(v.weight): v.quantized(v.weight.detach()) for v in views if v.phase == FROZEN}
     read = {key: decoded[id(p)] for key, p in model.state_dict(keep_vars=True).items() if id(p) in decoded}
     return {key: read[key].to(t.dtype) if key in read else t for key, t in stored.items() if key not in buffers}

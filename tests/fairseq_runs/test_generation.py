@@ -76,6 +76,13 @@ def test_trained_and_frozen(made: Made) -> None:
     assert not decoder.output_projection.weight.equal(decoder.embed_tokens._parameters["weight"])
 
 
+def test_a_stock_export_holds_no_buffers_of_views(made: Made, tmp_path: Path) -> None:
+    """Under no name: fairseq's shared embeddings are one module under two."""
+    assert main(["export-fairseq", str(made.checkpoint), "-o", str(tmp_path / "stock.pt")]) == 0
+    keys = torch.load(tmp_path / "stock.pt", weights_only=True)["model"]
+    assert keys and not [key for key in keys if key.endswith((".codes", ".phase"))]
+
+
 def test_the_file_holds_a_tied_table_once(made: Made) -> None:
     content = fairseq_qn.inspect(made.small)
     tables = [name for name in content["layers"] if "embed_tokens" in name]

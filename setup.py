@@ -12,6 +12,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests only
+EXTRAS["benchmark"] = EXTRAS["oracle"] + ["aqlm>=1.1.6", "numba>=0.59"]  # peers, for run_scripts/benchmark.sh only
 EXTRAS["test"] = EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
 
 setup(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv/ in the tree with torch, fairseq and fairseq_qn (editable): run_scripts/setup.sh [EXTRA ...]
-# Extras are those of setup.py: cli plot tensorboard hf oracle all test. Done already, it takes no time. PYTHON=... picks the interpreter.
+# Extras are those of setup.py: cli plot tensorboard hf oracle benchmark all test. Done already, it takes no time. PYTHON=... picks the interpreter.
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) say where wheels come from; without
 # an NVIDIA GPU a CPU build of torch (version ...+cpu) is taken wherever one of them offers it.
 set -euo pipefail

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Measures fairseq_qn beside its peers: run_scripts/benchmark.sh [kmeans|compress|train|infer|file ...]; all parts by default.
+# Each part prints a table and writes OUT/PART.md and OUT/PART.json, OUT=benchmark-results unless set.
+# Ratios, not seconds, are what can be compared: ours and each peer run in turn, in both orders, REPEATS (5) times each.
+# THREADS: threads of each contender, all cores by default.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-benchmark-results}
+threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)}
+bash run_scripts/setup.sh benchmark
+mkdir -p "$out"
+export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=false
+[ $# -gt 0 ] || set -- kmeans compress train infer file
+for part in "$@"; do
+    if [ ! -f "run_scripts/benchmark/part_$part.py" ]; then
+        echo "benchmark: no part '$part'; parts: kmeans compress train infer file" >&2
+        exit 2
+    fi
+done
+for part in "$@"; do
+    .venv/bin/python "run_scripts/benchmark/part_$part.py" --out "$out" --repeats "${REPEATS:-5}"
+done

@@ -47,7 +47,11 @@ setup(
     entry_points={"console_scripts": ["fairseq-qn = fairseq_qn.cli:main"]},
     # Optional: without a compiler everything works, and codebooks take some ten times longer.
     ext_modules=[
-        Extension("fairseq_qn.kernels._nearest", ["fairseq_qn/kernels/nearest.c"], extra_compile_args=["-O3"], optional=True)
-    ],
+        Extension(
+            "fairseq_qn.kernels._native",
+            sorted(str(path) for path in Path("fairseq_qn/kernels").glob("*.c")),
+            depends=["fairseq_qn/kernels/native.h"], extra_compile_args=["-O3"], optional=True,
+        )
+    ],  # fmt: skip
     zip_safe=False,
 )

@@ -68,7 +68,7 @@ install_package() {
 }
 
 stamp=.venv/setup.done
-key() { { cat setup.py "$versions" run_scripts/setup.sh fairseq_qn/kernels/*.c; echo "$root"; "$py" -V; } 2>&1 | cksum; }
+key() { { cat setup.py "$versions" run_scripts/setup.sh fairseq_qn/kernels/*.[ch]; echo "$root"; "$py" -V; } 2>&1 | cksum; }
 have=$(tail -n 1 "$stamp" 2>/dev/null || true) # the extras that are there
 if [ -n "$have" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
     missing=0

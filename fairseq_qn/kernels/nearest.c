@@ -2,11 +2,9 @@
  *
  * What it computes is defined in plain torch by quant/kmeans.py: argmax over k of x.c_k - |c_k|^2 / 2, the lowest k on
  * ties. A row's arithmetic does not depend on its neighbours, so nor does the result on how rows are shared out among
- * threads. Called through ctypes, which releases the interpreter's lock; the Python module it pretends to be is empty.
+ * threads.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
+#include "native.h"
 
 #define LANES 16   /* rows in a vector */
 #define VECTORS 2  /* vectors of rows that share each codeword's load */
@@ -14,18 +12,6 @@
 
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
-
-#ifdef _WIN32
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
 
 /* Codes of up to LANES * VECTORS rows; those past `n` are worked on as zeros and not stored. */
 static inline __attribute__((always_inline)) void tile(const float *x, int64_t n, const float *codebook, const float *bias,
@@ -84,7 +70,3 @@ EXPORT void qn_accumulate(const float *x, const int32_t *codes, int64_t n, int32
         counts[codes[i]]++;
     }
 }
-
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_nearest", NULL, -1, NULL};
-
-PyMODINIT_FUNC PyInit__nearest(void) { return PyModule_Create(&module); }

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from fairseq_qn.kernels import native
+from fairseq_qn.kernels.native import INT, POINTER, SIZE
 
 LARGEST = 64  # block sizes that the kernel takes
 _ROWS = 32  # rows that the kernel works on at a time
 _PARTS = 64  # parts of the sums, whatever the number of threads, so that they are added up in one order
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None."""
-    spec = importlib.util.find_spec("fairseq_qn.kernels._nearest")
-    if spec is None or not spec.origin:
-        return None
-    try:
-        found = ctypes.CDLL(spec.origin)
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        found.qn_nearest.argtypes = [pointer, size, pointer, pointer, size, ctypes.c_int32, pointer]
-        found.qn_accumulate.argtypes = [pointer, pointer, size, ctypes.c_int32, pointer, pointer]
-    except (OSError, AttributeError):  # built for another machine
-        return None
-    return found
-
-
 def usable(x: Tensor) -> bool:
     """Whether the kernel takes these rows [n, d]."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LARGEST and library() is not None
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LARGEST and native.library() is not None
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -43,8 +27,10 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     bias = codebook.pow(2).sum(1).div_(-2)
     codes = torch.empty(n, dtype=torch.int32)
 
+    kernel = native.function("qn_nearest", (POINTER, SIZE, POINTER, POINTER, SIZE, INT, POINTER))
+
     def search(begin: int, end: int) -> None:
-        library().qn_nearest(
+        kernel(
             x.data_ptr() + 4 * d * begin, end - begin, codebook.data_ptr(), bias.data_ptr(), len(codebook), d,
             codes.data_ptr() + 4 * begin,
         )  # fmt: skip
@@ -61,9 +47,11 @@ def accumulate(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tens
     counts = torch.zeros(parts, n_centroids, dtype=torch.int64)
     step = -(-n // parts)
 
+    kernel = native.function("qn_accumulate", (POINTER, POINTER, SIZE, INT, POINTER, POINTER))
+
     def add(begin: int, end: int) -> None:
         part = begin // step
-        library().qn_accumulate(
+        kernel(
             x.data_ptr() + 4 * d * begin, codes.data_ptr() + 4 * begin, end - begin, d,
             sums[part].data_ptr(), counts[part].data_ptr(),
         )  # fmt: skip

@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_qn.kernels import native
 from fairseq_qn.kernels import nearest as kernel
 from fairseq_qn.quant import kmeans
 
-needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled at installation")
+needs_kernel = pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 @pytest.fixture
@@ -85,5 +86,5 @@ def test_everything_works_without_the_kernel(plain: None) -> None:
 def test_kmeans_is_as_good_with_the_kernel_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows(0, 5_000, 8)
     fast = kmeans.kmeans(x, 64)
-    monkeypatch.setattr(kernel, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     assert abs(fast.objective / kmeans.kmeans(x, 64).objective - 1) < 1e-3

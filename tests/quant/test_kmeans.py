@@ -14,12 +14,12 @@ from strategies import DTYPES, hostile, weights
 from torch import Tensor
 
 from fairseq_qn.errors import NonFiniteWeight
-from fairseq_qn.kernels import nearest as kernel
+from fairseq_qn.kernels import native
 from fairseq_qn.quant.kmeans import Clusters, cluster_means, kmeans, nearest
 
 ENGINES = [
     "torch",
-    pytest.param("compiled", marks=pytest.mark.skipif(kernel.library() is None, reason="the kernel was not compiled")),
+    pytest.param("compiled", marks=pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled")),
 ]
 
 
@@ -28,7 +28,7 @@ def using(engine: str) -> Iterator[None]:
     """Search with the plain torch code, or with the compiled kernel where it applies."""
     with pytest.MonkeyPatch.context() as patch:
         if engine == "torch":
-            patch.setattr(kernel, "library", lambda: None)
+            patch.setattr(native, "library", lambda: None)
         yield
 
 

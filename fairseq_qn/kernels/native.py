@@ -1,0 +1,49 @@
+"""The compiled kernels, where installation could build them, and the threads they run on."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+THREADS = (POINTER, INT)  # the first two arguments of a kernel that shares its work out: `threads()`
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None."""
+    spec = importlib.util.find_spec("fairseq_qn.kernels._native")
+    if spec is None or not spec.origin:
+        return None
+    try:
+        return ctypes.CDLL(spec.origin)
+    except OSError:  # built for another machine
+        return None
+
+
+@cache
+def function(name: str, arguments: Sequence[Any]) -> Any:
+    """A kernel by its name in C, with the types of its arguments; None without the library."""
+    found = getattr(library(), name, None)
+    if found is not None:
+        found.argtypes, found.restype = list(arguments), None
+    return found
+
+
+@cache
+def _fork() -> int | None:
+    """Address of the OpenMP runtime's GOMP_parallel that torch has loaded, or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, POINTER).value
+    except (AttributeError, OSError, TypeError):  # no OpenMP, or Windows
+        return None
+
+
+def threads() -> tuple[int | None, int]:
+    """What a kernel runs on: torch's OpenMP pool, and as many of its threads as torch uses."""
+    return _fork(), torch.get_num_threads()

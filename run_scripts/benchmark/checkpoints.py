@@ -1,4 +1,4 @@
-"""RoBERTa checkpoints of any size, as fairseq writes them, with random weights: checkpoints.py FOLDER --layers 12 --width 768."""
+"""RoBERTa checkpoints of any size, as fairseq writes them, with random weights: checkpoints.py FOLDER [--layers 12]."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def machine() -> dict[str, Any]:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         features = re.search(r"flags\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        units = [u for u in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if features and u in features[1].split()]
+        known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+        units = [unit for unit in known if features and unit in features[1].split()]
     except OSError:
         found, units = None, []
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
 from fairseq_qn.modules import export
-from fairseq_qn.modules.clock import Clock, Tick
+from fairseq_qn.modules.clock import Clock, follow
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_views
 from fairseq_qn.modules.match import Coverage, Match, match
@@ -62,7 +62,7 @@ def apply(
                 view.keys = owner.keys
     if before is None:
         model._qn_clock, model._qn_recipe = clock, recipe
-        model.register_forward_pre_hook(Tick(clock))
+        follow(model, clock)
     return coverage
 
 

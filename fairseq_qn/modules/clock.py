@@ -1,8 +1,11 @@
-"""Which noise a forward pass draws: (seed, update, micro-batch, rank), shared by all views of a model."""
+"""Which noise a forward pass draws: (seed, update, micro-batch, rank), and what lasts as long as the pass does; shared by
+all views of a model.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +13,16 @@ from torch import nn
 
 @dataclass
 class Clock:
-    """Time as the noise sees it. Until `pinned` by set_update, each training forward of the root module is an update."""
+    """Time as the noise sees it. Until `pinned` by set_update, each training forward of the root module is an update.
+
+    values: what shared views have read in the present forward pass of the root module; None between passes.
+    """
 
     seed: int = 0
     update: int = 0
     micro: int = 0
     pinned: bool = False
+    values: dict[str, Any] | None = None
 
     def pin(self, update: int, micro: int) -> None:
         """Set the update and micro-batch by hand, from now on."""
@@ -33,12 +40,26 @@ class Clock:
         return torch.distributed.get_rank() if on else 0
 
 
-class Tick:
+class _Begin:
     """Forward pre-hook of the root module; an object, so that a deep copy of the model gets a clock of its own."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.clock.values = {}
         if module.training and not self.clock.pinned:
             self.clock.update += 1
+
+
+class _End(_Begin):
+    """Its forward hook, which runs whether the pass fails or not."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.clock.values = None
+
+
+def follow(model: nn.Module, clock: Clock) -> None:
+    """Let the clock know when the root module's forward passes begin and end."""
+    model.register_forward_pre_hook(_Begin(clock))
+    model.register_forward_hook(_End(clock), always_call=True)

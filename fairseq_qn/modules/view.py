@@ -55,6 +55,7 @@ class WeightView:
         self.keys = (name,)  # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
+        self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
         if rule.scheme == "product":  # raises before anything is registered
             check_block_size(weight.shape, rule.block_size, name)
@@ -123,7 +124,19 @@ class WeightView:
     # -- what is read
 
     def read(self, weight: Tensor, training: bool) -> Tensor:
-        """What the network sees in place of `weight`."""
+        """What the network sees in place of `weight`: within a forward pass one tensor for all who share it, so that its
+        value and its gradient are computed once. Elsewhere, and where nothing is differentiated, each read is new.
+        """
+        shared = self.readers > 1 or len(self.keys) > 1
+        values = self.clock.values if shared and torch.is_grad_enabled() else None
+        if values is None:
+            return self._value(weight, training)
+        kept = values.get(self.name)
+        if kept is None or kept[0] is not weight or kept[1] != weight._version:
+            kept = values[self.name] = (weight, weight._version, self._value(weight, training))
+        return kept[2]
+
+    def _value(self, weight: Tensor, training: bool) -> Tensor:
         if self.phase == FROZEN:
             if self.rule.scheme == "product":
                 project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
@@ -151,22 +164,28 @@ class WeightView:
         return self.rule.scheme == "product" and self.noise.kind == "exact"
 
     def _noised(self, weight: Tensor, p: float) -> Tensor:
+        if self.needs_codes and self.phase == FLOAT:
+            raise ViewError(
+                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first"
+            )
+        if self._noise_kind == "exact" and noise.is_certain(p):
+            return self.quantized(weight)
         block_size = self.rule.block_size if self.rule.scheme == "product" else 1
         clock = self.clock
         seed = noise.seed_of(clock.seed, clock.update, clock.micro, clock.rank, self.name)
         mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
         if self._noise_kind == "proxy":
             return noise.drop_blocks(weight, mask, block_size)
-        if self.needs_codes and self.phase == FLOAT:
-            raise ViewError(
-                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first"
-            )
+        if self.needs_codes and weight.device.type == "cpu":
+            return product.project_some(weight, self.groups, block_size, mask)
         return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
 
 
 def install(module: nn.Module, attribute: str, view: WeightView) -> None:
     """Let `module.<attribute>` read through `view`; the Parameter stays where it is."""
-    views = {**module.__dict__.get("_qn_views", {}), attribute: view}
+    before = module.__dict__.get("_qn_views", {})
+    view.readers += before.get(attribute) is not view
+    views = {**before, attribute: view}
     base = type(module)._qn_base if "_qn_views" in module.__dict__ else type(module)
     module.__dict__["_qn_views"] = views
     module.__class__ = _viewed_class(base, tuple(sorted(views)))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fairseq_qn.errors import BlockSizeError, NonFiniteWeight
 
+OUTWARD = 1 - 2**-20  # both ends of a range round outward: without it a symmetric range can lose a level
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -42,16 +44,12 @@ def quantize(
     weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
 ) -> Integers:
     """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError."""
-    rows = weight.detach().float().reshape(ranges_shape(weight.shape, granularity, group_size, name))
-    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+    rows = _rows(weight, granularity, group_size, name)
+    scale, zero = _affine(rows, bits)
+    if not bool(torch.isfinite(scale).all()):
         raise NonFiniteWeight(f"{name}: holds NaN or Inf; quantise a finite weight")
-    top = 2**bits - 1
-    scale = (high / top - low / top).clamp(min=torch.finfo(torch.float32).tiny)  # divided first: 3e38 - -3e38 overflows
-    step = scale * (1 - 2**-20)  # both ends of the range round outward: without it a symmetric range can lose a level
-    zero = (-low / step).round().clamp(0, top)
-    levels = (rows / step.unsqueeze(1)).round_().add_(zero.unsqueeze(1)).clamp_(0, top)
-    return Integers(levels.to(torch.uint8), scale, zero.to(torch.uint8))
+    levels = _steps(rows, scale, zero, bits).add_(zero)
+    return Integers(levels.to(torch.uint8), scale.squeeze(1), zero.squeeze(1).to(torch.uint8))
 
 
 def dequantize(integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,5 +61,28 @@ def dequantize(integers: Integers, shape: Sequence[int], dtype: torch.dtype = to
 def fake_quantize(
     weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
 ) -> Tensor:
-    """Quantised and dequantised: the same shape and dtype, on at most 2^bits values a range."""
-    return dequantize(quantize(weight, bits, granularity, group_size, name), weight.shape, weight.dtype)
+    """dequantize(quantize(weight)), of the same shape and dtype, but NaN for a range that holds NaN or Inf.
+
+    For a read in each forward pass: it waits for no GPU, and takes no memory but the result's (fp32).
+    """
+    rows = _rows(weight, granularity, group_size, name)
+    scale, zero = _affine(rows, bits)
+    return _steps(rows, scale, zero, bits).mul_(scale).reshape(weight.shape).to(weight.dtype)
+
+
+def _rows(weight: Tensor, granularity: str, group_size: int, name: str) -> Tensor:
+    """The weight as fp32 [n_ranges, values a range]."""
+    return weight.detach().float().reshape(ranges_shape(weight.shape, granularity, group_size, name))
+
+
+def _affine(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of each range, both fp32 [n_ranges, 1]."""
+    top = 2**bits - 1
+    low, high = rows.amin(1, keepdim=True).clamp_(max=0), rows.amax(1, keepdim=True).clamp_(min=0)
+    scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)  # divided first: 3e38 - -3e38 overflows
+    return scale, (-low / (scale * OUTWARD)).round_().clamp_(0, top)
+
+
+def _steps(rows: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Levels above zero, -zero .. 2^bits - 1 - zero, as fp32. No clamp at the lower end: `zero` is where it rounds to."""
+    return (rows / (scale * OUTWARD)).round_().clamp_max_(2**bits - 1 - zero)

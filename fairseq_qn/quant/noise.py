@@ -9,31 +9,46 @@ from torch import Tensor
 
 from fairseq_qn.quant.blocks import to_blocks
 
+CHUNK = 1 << 20  # draws at a time; part of what defines a mask on a GPU
+
 
 def seed_of(*parts: int | str) -> int:
     """A 64-bit seed that depends on each of its parts: (seed, update, micro-batch, rank, layer)."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
+def is_certain(p: float) -> bool:
+    """Whether p is 1 to the nearest 1/65536: no mask has to be drawn."""
+    return round(p * 65536) >= 65536
+
+
 def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """n independent draws, True with probability p to the nearest 1/65536; bool [n].
 
-    Four draws from each 64-bit number: the generator is what costs.
+    Four draws from each 64-bit number: the generator is what costs. In chunks that the cache holds: fresh memory costs more.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    threshold = round(p * 65536) - 32768
-    if threshold > 32767:
+    if is_certain(p):
         return torch.ones(n, dtype=torch.bool, device=device)
-    return bits.view(torch.int16)[:n] < threshold
+    generator = torch.Generator(device).manual_seed(seed)
+    mask = torch.empty(n, dtype=torch.bool, device=device)
+    numbers = torch.empty((min(n, CHUNK) + 3) // 4, dtype=torch.int64, device=device)
+    for part in mask.split(CHUNK):
+        drawn = numbers[: (len(part) + 3) // 4].random_(-(2**63), None, generator=generator)
+        torch.lt(drawn.view(torch.int16)[: len(part)], round(p * 65536) - 32768, out=part)
+    return mask
 
 
 def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
     """The proxy phi = 0: blocks where mask [n_blocks] is True read as zero."""
-    return to_blocks(weight, block_size).masked_fill(mask.unsqueeze(1), 0).reshape(weight.shape)
+    blocks = to_blocks(weight, block_size) * mask.logical_not().unsqueeze(1)  # faster than masked_fill
+    return blocks.reshape(weight.shape)
 
 
 def replace_blocks(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """Blocks of phi(weight) where mask [n_blocks] is True, of the weight elsewhere. block_size 1: element by element."""
-    blocks = torch.where(mask.unsqueeze(1), to_blocks(phi, block_size), to_blocks(weight, block_size))
-    return blocks.reshape(weight.shape)
+    """Blocks of phi(weight) where mask [n_blocks] is True, of the weight elsewhere; block_size 1: element by element.
+
+    Written into `phi`, a contiguous tensor of the weight's dtype: fresh memory costs more than what it is filled with.
+    """
+    blocks = to_blocks(phi, block_size)
+    torch.where(mask.unsqueeze(1), blocks, to_blocks(weight, block_size), out=blocks)
+    return phi

@@ -42,7 +42,7 @@ class Groups:
     """The blocks of a weight sorted by code, and cut into runs that hold one code each and at most RUN blocks.
 
     order int32 [n]: blocks by code; starts int32 [n_runs]: where in `order` each run begins; first int32 [K]: the first run
-    of each code; counts int64 [K]; codes int32 [n_blocks].
+    of each code; counts int64 [K]; codes [n_blocks], as they were given.
     """
 
     order: Tensor
@@ -55,9 +55,8 @@ class Groups:
     @classmethod
     def of(cls, codes: Tensor, n_centroids: int, padding_idx: int | None = None) -> Groups:
         """Sort codes [out_features, blocks a row]; the row `padding_idx` belongs to no code."""
-        flat = codes.reshape(-1).int()
+        flat = counted = codes.reshape(-1)
         order = torch.argsort(flat, stable=True).int()
-        counted = flat
         if padding_idx is not None:
             columns = codes.shape[1]
             order = order[order.div(columns, rounding_mode="floor") != padding_idx]
@@ -93,6 +92,18 @@ def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     """Replace each block by the mean of the blocks that share its code; same shape and dtype, pad row zero."""
     codebook = codebook_of(weight, groups, block_size)
     return decode(groups.codes, codebook, weight.shape, groups.padding_idx).to(weight.dtype)
+
+
+def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) -> Tensor:
+    """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the blocks."""
+    hit = mask.nonzero().squeeze(1)
+    blocks = F.embedding(groups.codes[hit].int(), codebook_of(weight, groups, block_size)).to(weight.dtype)
+    if groups.padding_idx is not None:
+        columns = len(mask) // len(weight)
+        blocks.masked_fill_((hit.div(columns, rounding_mode="floor") == groups.padding_idx).unsqueeze(1), 0)
+    result = weight.clone(memory_format=torch.contiguous_format)
+    to_blocks(result, block_size).index_copy_(0, hit, blocks)
+    return result
 
 
 def learn(weight: Tensor, block_size: int, n_centroids: int, *, padding_idx: int | None = None, iterations: int = 20,

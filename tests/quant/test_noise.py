@@ -85,7 +85,7 @@ def test_noised_weights_against_a_loop(case: tuple[Tensor, int], p: float, seed:
     before = weight.clone()
     mask = bernoulli(weight.numel() // d, p, seed)
     phi = weight.flip(0) + 1
-    dropped, replaced = drop_blocks(weight, mask, d), replace_blocks(weight, phi, mask, d)
+    dropped, replaced = drop_blocks(weight, mask, d), replace_blocks(weight, phi.clone(), mask, d)
     assert torch.equal(dropped, noised_by_hand(weight, torch.zeros_like(weight), mask, d))
     assert torch.equal(replaced, noised_by_hand(weight, phi, mask, d))
     assert dropped.dtype == replaced.dtype == weight.dtype and dropped.shape == weight.shape

@@ -133,14 +133,16 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
     ).size()
 
 
-def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, *,
+         dtype: torch.dtype | None = None) -> nn.Module:  # fmt: skip
     """The model of a small file, in eval mode. Nothing in the file is executed.
 
-    mode: "dense" decodes every weight once; "packed" keeps codes and codebooks in memory and decodes when a layer is read.
+    mode: "dense" decodes every weight once; "packed" keeps codes and codebooks in memory and computes with them.
     model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place.
+    dtype: of the whole model, e.g. torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32.
     Raises FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError, OSError.
     """
-    return read(path).load(mode, model)
+    return read(path).load(mode, model, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ class File:
         """The files that travel inside, by name."""
         return manifest.read_assets(self.plan, self.tensors, str(self.path))
 
-    def load(self, mode: str = "dense", model: nn.Module | None = None) -> nn.Module:
+    def load(
+        self, mode: str = "dense", model: nn.Module | None = None, *, dtype: torch.dtype | None = None
+    ) -> nn.Module:
         """The model, in eval mode; see `load`."""
         if mode not in ("dense", "packed"):
             raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
@@ -171,6 +175,8 @@ class File:
             name: tuple(w.shape) for name, w in layers.items()
         }
         check_fits(model, shapes, plan["ties"], plan["dropped"])
+        if dtype is not None:
+            model.to(dtype)
         fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
         return model.eval()
 

@@ -99,10 +99,10 @@ class QNRobertaHub(RobertaHubInterface):
         return head
 
 
-def load_interface(path: str | Path, mode: str = "dense") -> Any:
-    """The interface that fits the file's model: QNRobertaHub, or fairseq's generator interface."""
+def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | None = None) -> Any:
+    """The interface that fits the file's model, loaded as `load` does: QNRobertaHub, or fairseq's generator interface."""
     file = api.read(find_file(path))
-    model = file.load(mode)
+    model = file.load(mode, dtype=dtype)
     if not isinstance(model, QuantisedModel):
         raise UnsupportedError(f"{path}: not a model of fairseq's; load it with fairseq_qn.load(path, model=...)")
     task = build_task(file.plan["source"], file.assets)
@@ -113,20 +113,32 @@ def load_interface(path: str | Path, mode: str = "dense") -> Any:
 
 
 def roberta_from_pretrained(
-    cls: type[nn.Module], path: str | Path, checkpoint_file: str, *args: Any, mode: str = "dense", **kwargs: Any
+    cls: type[nn.Module],
+    path: str | Path,
+    checkpoint_file: str,
+    *args: Any,
+    mode: str = "dense",
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Any:
     """from_pretrained of qn_roberta: a small file, a folder that holds one, or what fairseq takes."""
     if is_small(path):
-        return load_interface(path, mode)
+        return load_interface(path, mode, dtype)
     return super(QNRobertaModel, cls).from_pretrained(str(path), checkpoint_file, *args, **kwargs)
 
 
 def generator_from_pretrained(
-    cls: type[nn.Module], path: str | Path, checkpoint_file: str, *args: Any, mode: str = "dense", **kwargs: Any
+    cls: type[nn.Module],
+    path: str | Path,
+    checkpoint_file: str,
+    *args: Any,
+    mode: str = "dense",
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Any:
     """from_pretrained of qn_transformer and qn_transformer_lm, likewise."""
     if is_small(path):
-        return load_interface(path, mode)
+        return load_interface(path, mode, dtype)
     from fairseq.models.transformer import TransformerModel
 
     return TransformerModel.from_pretrained.__func__(cls, str(path), checkpoint_file, *args, **kwargs)

@@ -15,32 +15,38 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+/* Each level has a fused multiply-add for vectors of every width, so that results do not depend on the width. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("fma", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
 
 typedef void (*fork_t)(void (*)(void *), void *, unsigned, unsigned);
-typedef void (*work_t)(const void *job, int64_t piece);
+typedef void (*work_t)(const void *job, int64_t piece, int worker);
 
 typedef struct {
     work_t work;
     const void *job;
     int64_t pieces, next;
+    int workers;
 } share_t;
 
 static void qn_take_pieces(void *shared)
 {
     share_t *share = shared;
     int64_t piece;
-    while ((piece = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->pieces) share->work(share->job, piece);
+    int worker = __atomic_fetch_add(&share->workers, 1, __ATOMIC_RELAXED);
+    while ((piece = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->pieces) 
+        share->work(share->job, piece, worker);
 }
 
-/* work(job, 0) ... work(job, pieces - 1), each once, on up to `threads` threads. */
+/* work(job, piece, worker) for each piece below `pieces`, once, on up to `threads` threads; worker < threads is which. */
 static inline void share_out(fork_t fork, int threads, work_t work, const void *job, int64_t pieces)
 {
-    share_t share = {work, job, pieces, 0};
+    share_t share = {work, job, pieces, 0, 0};
     if (threads > pieces) threads = (int)pieces;
     if (fork && threads > 1)
         fork(qn_take_pieces, &share, (unsigned)threads, 0);

@@ -27,11 +27,11 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def function(name: str, arguments: Sequence[Any]) -> Any:
-    """A kernel by its name in C, with the types of its arguments; None without the library."""
+def function(name: str, arguments: Sequence[Any], result: Any = None) -> Any:
+    """A kernel by its name in C, with the types of its arguments and result; None without the library."""
     found = getattr(library(), name, None)
     if found is not None:
-        found.argtypes, found.restype = list(arguments), None
+        found.argtypes, found.restype = list(arguments), result
     return found
 
 

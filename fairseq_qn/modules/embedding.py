@@ -14,7 +14,10 @@ class PQEmbedding(PQ, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the decoded table: integers of any shape -> [..., embedding_dim]."""
         if self.max_norm is not None:
-            return super().forward(input)
+            table = self.decoded()  # which the norm is clipped in
+            return F.embedding(
+                input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            )
         rows = F.embedding(self.codes[input].int(), self.codebook).flatten(-2)
         return (
             rows if self.qn_padding_idx is None else rows.masked_fill((input == self.qn_padding_idx).unsqueeze(-1), 0)

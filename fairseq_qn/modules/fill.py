@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,15 @@ class ProductWeight:
     shape: tuple[int, ...]
     padding_idx: int | None
 
-    def dense(self) -> Tensor:
-        """The decoded weight, fp32."""
-        return decode(self.codes, self.codebook, self.shape, self.padding_idx)
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded weight."""
+        return decode(self.codes, self.codebook.to(dtype), self.shape, self.padding_idx)
 
     def into(self, module: nn.Module) -> None:
-        """Replace a dense module's weight by these codes."""
+        """Replace a dense module's weight by these codes; the codebook takes the weight's dtype."""
+        codebook = self.codebook.to(module.weight.dtype)
         swap(module, PQ, _PQ)
-        module.pack(self.codes, self.codebook, self.shape, self.padding_idx)
+        module.pack(self.codes, codebook, self.shape, self.padding_idx)
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class IntegerWeight:
     integers: Integers
     shape: tuple[int, ...]
 
-    def dense(self) -> Tensor:
-        """The de-quantised weight, fp32."""
-        return dequantize(self.integers, self.shape)
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The de-quantised weight."""
+        return dequantize(self.integers, self.shape, dtype)
 
     def into(self, module: nn.Module) -> None:
-        """Replace a dense module's weight by these integers."""
+        """Replace a dense module's weight by these integers; their scale takes the weight's dtype."""
+        integers = replace(self.integers, scale=self.integers.scale.to(module.weight.dtype))
         swap(module, Int, _INT)
-        module.pack(self.integers, self.shape)
+        module.pack(integers, self.shape)
 
 
 Weight = ProductWeight | IntegerWeight
@@ -118,7 +120,8 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
             packed.append((weight, home, owners))
         else:
             # Without gradient, as a view reads under no_grad: matmul folds batches by this flag, so the last bit depends on it.
-            _assign(model, name, weight.dense()).requires_grad_(False)
+            module, attribute = owners[0]
+            _assign(model, name, weight.dense(module._parameters[attribute].dtype)).requires_grad_(False)
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)

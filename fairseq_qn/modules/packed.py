@@ -1,15 +1,19 @@
 """Compressed modules: a loaded model's layers that hold codes and codebooks, or integers, instead of a dense weight.
 
 They are made from dense modules by swapping the instance's class, so every attribute (stride, padding_idx, bias, ...) stays,
-and `.weight` is decoded when read, so that attention and tied heads, which never call the layer, read it too.
+and `.weight` stands in for the dense weight when read, so that attention and tied heads, which never call the layer, read it
+too: products with it are computed from the codes (lazy.py), and whatever else asks gets it decoded.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 
+from fairseq_qn.kernels import lookup
+from fairseq_qn.modules.lazy import LazyWeight
 from fairseq_qn.quant.integer import Integers, dequantize
 from fairseq_qn.quant.product import decode
 
@@ -19,8 +23,21 @@ class PQ:
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight."""
+        """The weight, decoded at once unless products with it can be looked up."""
+        lazy = len(self.qn_shape) == 2 and not _recorded() and lookup.usable(self.codes, self.codebook)
+        return LazyWeight(self, self.qn_shape, self.codebook) if lazy else self.decoded()
+
+    def decoded(self) -> Tensor:
+        """The dense weight."""
         return decode(self.codes, self.codebook, self.qn_shape, self.qn_padding_idx)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear(x, weight, bias) by lookup; x [..., in_features] of the codebook's dtype, which sums are rounded to."""
+        dtype = x.dtype
+        y = lookup.linear(x.float(), self.codes, self.codebook.float(), None if bias is None else bias.float())
+        if self.qn_padding_idx is not None:
+            y[..., self.qn_padding_idx] = 0 if bias is None else bias[self.qn_padding_idx].float()
+        return y.to(dtype)
 
     def pack(self, codes: Tensor, codebook: Tensor, shape: tuple[int, ...], padding_idx: int | None) -> None:
         """Take the place of the dense weight."""
@@ -58,6 +75,11 @@ def tie(owner: nn.Module, attribute: str, home: nn.Module) -> None:
     del owner._parameters[attribute]
     owner.__dict__["_qn_home"] = home  # past nn.Module.__setattr__: not a submodule
     owner.__class__ = _tied_class(base, attribute)
+
+
+def _recorded() -> bool:
+    """Whether operations are being recorded, by torch.jit.trace or torch.compile, which cannot hold a stand-in."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 @cache

@@ -40,6 +40,8 @@ KINDS = {
     "grouped": (PQConv2d, IntConv2d),
 }  # fmt: skip
 
+LOOKED_UP = ("linear", "custom")  # products that sum in another order than a dense one
+
 
 def weight_for(module: nn.Module, scheme: str, k: int = 7) -> ProductWeight | IntegerWeight:
     weight = module.weight.detach()
@@ -73,7 +75,8 @@ def inputs(module: nn.Module) -> Tensor:
 def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
     packed, dense = packed_and_dense(name, scheme)
     x = inputs(dense)
-    assert torch.equal(packed.weight, dense.weight) and torch.equal(packed(x), dense(x))
+    assert torch.equal(packed.weight, dense.weight)
+    torch.testing.assert_close(packed(x), dense(x), rtol=0, atol=0 if name not in LOOKED_UP else 1e-6)
     assert "weight" not in packed._parameters and not any(key.endswith("weight") for key in packed.state_dict())
     base = type(dense)
     assert isinstance(packed, base) and (name == "custom" or type(packed) is KINDS[name][scheme == "integer"])
@@ -144,7 +147,7 @@ def test_only_what_is_asked_for_is_decoded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("fairseq_qn.modules.packed.decode", refuse)
     packed(torch.tensor([1, 2]))
     with pytest.raises(AssertionError):
-        packed.weight  # noqa: B018
+        packed.weight + 0
 
 
 def test_it_is_smaller_in_memory() -> None:

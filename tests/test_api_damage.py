@@ -60,10 +60,26 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5, [1]])
+@pytest.mark.parametrize("version", [0, 3, "2", None, True, 1.5, [1]])
 def test_unknown_versions(version: Any, saved: Path, tmp_path: Path) -> None:
     message = refusal(forge(saved, tmp_path / "f", lambda t, p: p.update(version=version)))
-    assert f"format version: expected 1, found {version!r}; read it with the release" in message
+    assert f"format version: expected 1 to 2, found {version!r}; read it with the release" in message
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_each_version_load_for_ever(version: int, tmp_path: Path) -> None:
+    """Files that were written once; written anew they say the same, and version 1 becomes smaller."""
+    old = Path(__file__).parent / "artifact" / "data" / f"version_{version}.qn.safetensors"
+    new = forge(old, tmp_path / "f", lambda t, p: p.update(version=2))
+    assert fairseq_qn.inspect(old)["version"] == version
+    assert new.stat().st_size < 0.7 * old.stat().st_size if version == 1 else new.stat().st_size == old.stat().st_size
+    assert fairseq_qn.api.read(old).assets == fairseq_qn.api.read(new).assets == {"words.txt": b"words " * 100}
+    for mode in ("dense", "packed"):
+        loaded = [fairseq_qn.load(path, mode, fresh()) for path in (old, new)]
+        a, b = (model.state_dict() for model in loaded)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        x = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+        assert loaded[0].embed(x).abs().sum().item() == pytest.approx(20.3558349609375, rel=1e-6)
 
 
 def test_missing_tensors(saved: Path, tmp_path: Path) -> None:

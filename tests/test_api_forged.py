@@ -5,6 +5,7 @@ The digests are right, so that only the claim itself can give the file away.
 
 from __future__ import annotations
 
+import bz2
 import copy
 import zlib
 from collections.abc import Callable, Iterator
@@ -89,8 +90,17 @@ def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) ->
         assert "\n" not in str(error.value) and "asset 'words.txt'" in str(error.value)
         return str(error.value)
 
-    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
-    assert "expected 600 bytes, found 601+" in assets(lambda t, p: t.update({"asset:words.txt": bomb}))
+    for codec in (zlib, bz2):
+        bomb = torch.frombuffer(bytearray(codec.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
+
+        def swell(tensors: Tensors, plan: Plan, bomb: torch.Tensor = bomb, name: str = codec.__name__) -> None:
+            tensors["asset:words.txt"] = bomb
+            plan["assets"]["words.txt"]["codec"] = name
+
+        assert "expected 600 bytes, found 601+" in assets(swell)
+    assert "cannot be unpacked" in assets(lambda t, p: p["assets"]["words.txt"].update(codec="bz2"))
+    for name in ("lzma", "", None, 5, ["zlib"]):
+        assert "codec: expected zlib or bz2" in assets(lambda t, p, n=name: p["assets"]["words.txt"].update(codec=n))
     assert "expected 601 bytes, found 600" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=601))
     assert "expected 599 bytes, found 600+" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=599))
     assert "cannot be unpacked" in assets(lambda t, p: t["asset:words.txt"].zero_())

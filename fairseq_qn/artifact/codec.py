@@ -92,12 +92,20 @@ def decode_integer(entry: Entry, parts: Mapping[str, Tensor]) -> Integers:
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """(values / 2^exponent in `dtype`, exponent); what is not floating point unchanged."""
-    if not values.is_floating_point() or dtype != torch.float16:
-        return (values.to(dtype) if values.is_floating_point() else values), 0
-    largest = float(values.detach().abs().max()) if values.numel() else 0.0
-    plain = largest == 0.0 or 2.0**-6 <= largest < 2.0**15 or not isfinite(largest)
-    exponent = 0 if plain else max(-120, min(120, frexp(largest)[1]))  # 2^120 is the most that fp32 scales by
-    return torch.ldexp(values.detach().float(), torch.tensor(-exponent)).to(dtype), exponent
+    exponent = exponent_of(values, dtype)
+    if exponent:
+        values = torch.ldexp(values.detach().float(), torch.tensor(-exponent))
+    return (values.to(dtype) if values.is_floating_point() else values), exponent
+
+
+def exponent_of(values: Tensor, dtype: torch.dtype) -> int:
+    """The power of two that `narrowed` takes out: 0 unless `dtype` is fp16 and would overflow or lose small values."""
+    if not values.is_floating_point() or dtype != torch.float16 or not values.numel():
+        return 0
+    largest = float(values.detach().abs().max())
+    if largest == 0.0 or 2.0**-6 <= largest < 2.0**15 or not isfinite(largest):
+        return 0
+    return max(-120, min(120, frexp(largest)[1]))  # 2^120 is the most that fp32 scales by
 
 
 def widened(values: Tensor, exponent: int) -> Tensor:

@@ -57,7 +57,7 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
         file.write(blank)
         for name in specs:
             raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digests[name] = hashlib.sha256(raw).hexdigest()
+            digests[name] = hashlib.sha256(raw).digest()
             file.write(raw)
         file.seek(0)
         file.write(header.encode(specs, manifest, digests))  # as long as `blank`

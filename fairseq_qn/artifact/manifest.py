@@ -1,6 +1,6 @@
 """The manifest: what is in the file, as plain data, and the strict check of it on the way in.
 
-version     of the format, 1
+version     of the format, 2; 1 is read as well
 producer    who wrote it
 recipe      the recipe, as Recipe.to_dict
 parts       dtype of the floating-point parts
@@ -8,12 +8,14 @@ layers      name -> codec entry of each quantised weight
 exponents   name -> exponent of those dense tensors that have one
 ties        [[name, other owner, ...], ...]; the weight is stored under the first
 dropped     modules that were left out
-assets      name -> {bytes}: files that travel inside, each a zlib-compressed uint8 tensor `asset:<name>`
+assets      name -> {bytes, codec}: files that travel inside, each a uint8 tensor `asset:<name>`, compressed by zlib or bz2,
+            whichever is smaller (bz2 for a list of numbers such as RoBERTa's dictionary: 113 kB, not 136)
 source      how to rebuild the model ({"builder": ...}), or null
 """
 
 from __future__ import annotations
 
+import bz2
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_qn.artifact import codec
+from fairseq_qn.artifact import codec, header
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import BlockSizeError, FormatError
 from fairseq_qn.quant.blocks import check_block_size
 from fairseq_qn.recipe import GRANULARITIES, MAX_BLOCK_SIZE, MAX_CENTROIDS
 
-VERSION = 1
+VERSION = header.VERSION
 ASSET = "asset:"
 MAX_ASSET_BYTES = 1 << 28  # a file inside the file; guards against a few bytes that unpack to gigabytes
 
@@ -39,9 +41,9 @@ _FIELDS = {
 
 def check(manifest: Mapping[str, Any], path: str) -> None:
     """Raise FormatError unless the manifest is of this version and agrees with its own table of tensors."""
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
+    if type(manifest.get("version")) is not int or not 1 <= manifest["version"] <= VERSION:
         raise FormatError(
-            f"{path}: format version: expected {VERSION}, found {manifest.get('version')!r}; "
+            f"{path}: format version: expected 1 to {VERSION}, found {manifest.get('version')!r}; "
             "read it with the release of fairseq_qn that wrote it"
         )
     for key, kind in _FIELDS.items():
@@ -59,24 +61,29 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
     _check_names(manifest, path)
 
 
-def asset_tensor(data: bytes) -> Tensor:
-    """A file's bytes, zlib-compressed, as uint8 [n]."""
-    return torch.frombuffer(bytearray(zlib.compress(data, 9)), dtype=torch.uint8)
+def pack_asset(data: bytes) -> tuple[dict[str, Any], Tensor]:
+    """(entry, uint8 [n]) of a file that travels inside."""
+    packed = {"zlib": zlib.compress(data, 9), "bz2": bz2.compress(data, 9)}
+    codec_name = min(packed, key=lambda name: len(packed[name]))
+    tensor = torch.frombuffer(bytearray(packed[codec_name]), dtype=torch.uint8)
+    return {"bytes": len(data), "codec": codec_name}, tensor
 
 
 def read_assets(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, bytes]:
     """The files that travel inside. Raises FormatError for one that is not what its entry says."""
     assets = {}
     for name, entry in manifest["assets"].items():
-        size = entry.get("bytes") if isinstance(entry, dict) else None
+        size, codec_name = (entry.get("bytes"), entry.get("codec", "zlib")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not 0 <= size <= MAX_ASSET_BYTES or ASSET + name not in tensors:
             raise FormatError(
                 f"{path}: asset {name!r}: no such tensor, or no sensible size; the file is damaged, fetch it again"
             )
-        unpacker = zlib.decompressobj()
+        if codec_name not in ("zlib", "bz2"):
+            raise FormatError(f"{path}: asset {name!r}: codec: expected zlib or bz2, found {short(codec_name)}")
+        unpacker = zlib.decompressobj() if codec_name == "zlib" else bz2.BZ2Decompressor()
         try:
             data = unpacker.decompress(tensors[ASSET + name].numpy().tobytes(), size + 1)
-        except zlib.error as error:
+        except (zlib.error, OSError) as error:
             raise FormatError(f"{path}: asset {name!r}: cannot be unpacked: {error}") from None
         if len(data) != size:
             raise FormatError(

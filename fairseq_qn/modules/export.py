@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules.match import owners_of
-from fairseq_qn.modules.view import WeightView, views_of
+from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.quant import integer, product
 from fairseq_qn.recipe import Recipe
 
@@ -27,7 +27,7 @@ class Plan:
     manifest: dict[str, Any]
     views: dict[str, WeightView]  # by the name under which each is stored
     dense: dict[str, Tensor]
-    files: dict[str, bytes]
+    files: dict[str, Tensor]  # compressed, as they travel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,13 +35,17 @@ class Plan:
         return codec.FLOATS[self.manifest["parts"]]
 
     def size(self) -> int:
-        """Bytes that the file will have."""
-        layers = self.manifest["layers"]
+        """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of exponents."""
+        layers, exponents = self.manifest["layers"], self.manifest["exponents"]
+        for name, view in self.views.items():
+            if view.phase == FROZEN and view.rule.scheme == "product":
+                layers[name]["exponent"] = codec.exponent_of(_codebook(view), self.dtype)
+        found = {name: codec.exponent_of(tensor, self.dtype) for name, tensor in self.dense.items()}
+        exponents |= {name: exponent for name, exponent in found.items() if exponent}
         specs = {f"{n}/{part}": spec for n, e in layers.items() for part, spec in codec.layout(e, self.dtype).items()}
         for name, tensor in self.dense.items():
             specs[name] = (self.dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-        for name, data in self.files.items():
-            specs[manifest.ASSET + name] = (torch.uint8, (len(manifest.asset_tensor(data)),))
+        specs |= {manifest.ASSET + name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()}
         return container.predict_bytes(specs, self.manifest)
 
     def encode(self) -> dict[str, Tensor]:
@@ -54,7 +58,7 @@ class Plan:
             tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype)
             if exponent:
                 self.manifest["exponents"][name] = exponent
-        return tensors | {manifest.ASSET + name: manifest.asset_tensor(data) for name, data in self.files.items()}
+        return tensors | {manifest.ASSET + name: data for name, data in self.files.items()}
 
 
 def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
@@ -78,16 +82,17 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         if len(keys) > 1:
             ties.append(keys)
     source, files = _source(model, source, assets)
+    packed = {name: manifest.pack_asset(data) for name, data in files.items()}
     content = {
         "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
         "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
-        "dropped": list(drop), "source": source, "assets": {name: {"bytes": len(data)} for name, data in files.items()},
+        "dropped": list(drop), "source": source, "assets": {name: entry for name, (entry, _) in packed.items()},
     }  # fmt: skip
     skip = {*views, *(other for _, *others in ties for other in others)}
     skip |= {key for view in views_of(model) for key in view.buffer_keys}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
-    return Plan(content, views, dense, files)
+    return Plan(content, views, dense, {name: tensor for name, (_, tensor) in packed.items()})
 
 
 def _source(
@@ -110,8 +115,11 @@ def _entry(view: WeightView) -> dict[str, Any]:
 def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     weight, rule = view.weight.detach(), view.rule
     if rule.scheme == "product":
-        codebook = product.codebook_of(weight, view.groups, rule.block_size).float()
-        return codec.encode_product(entry, view.codes, codebook, dtype)
+        return codec.encode_product(entry, view.codes, _codebook(view), dtype)
     return codec.encode_integer(
         entry, integer.quantize(weight, rule.bits, rule.granularity, rule.group_size, view.name)
     )
+
+
+def _codebook(view: WeightView) -> Tensor:
+    return product.codebook_of(view.weight.detach(), view.groups, view.rule.block_size).float()

@@ -14,18 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import small
 
 from fairseq_qn.artifact import container
 from fairseq_qn.artifact.container import read, write
-
-
-def small() -> dict[str, torch.Tensor]:
-    return {
-        "codes": torch.tensor([1, 2, 250], dtype=torch.uint8),
-        "codebook": torch.tensor([[0.5, -1.0], [2.0, 3.0]], dtype=torch.float16),
-        "pad": torch.tensor([True, False]),
-        "ünï.码": torch.tensor(-7),
-    }
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ out=${OUT:-benchmark-results}
 threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)}
 bash run_scripts/setup.sh benchmark
 mkdir -p "$out"
-export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=$threads TOKENIZERS_PARALLELISM=false
+# aqlm 1.1.7's numba kernel adds into one array from all its threads: with two its sums are wrong by a fifth, and it is slower.
+export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=1
 [ $# -gt 0 ] || set -- kmeans compress train infer file
 for part in "$@"; do
     if [ ! -f "run_scripts/benchmark/part_$part.py" ]; then

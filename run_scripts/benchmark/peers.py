@@ -31,14 +31,24 @@ def fairseq_linear(codes: Tensor, codebook: Tensor, bias: Tensor | None) -> nn.M
     return PQLinear(codebook.clone(), codes.long().t().flatten(), bias, groups * d, out)
 
 
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """torch's dynamic quantisation of all Linears; the LM head's product with the table stays dense."""
+    return calling(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True))
+
+
+def calling(model: nn.Module) -> nn.Module:
+    """`model`, whose attention calls its projections instead of reading their weights past them."""
+    for layer in model.encoder.sentence_encoder.layers:
+        layer.self_attn._set_skip_embed_dim_check()
+    return model
+
+
 def replaced(model: nn.Module, packed: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
     """`model` with each Linear that `packed` holds as codes, attention's too, and the LM head's product made by `make`."""
     for name, module in packed.named_modules():
         if hasattr(module, "codes") and isinstance(module, nn.Linear):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, make(module.codes, module.codebook, module.bias))
-    for layer in model.encoder.sentence_encoder.layers:
-        layer.self_attn._set_skip_embed_dim_check()  # calls its projections instead of reading their weights
     table, head = packed.encoder.sentence_encoder.embed_tokens, model.encoder.lm_head
     head.weight = None
     project = make(table.codes, table.codebook, head.bias.detach())
@@ -47,4 +57,4 @@ def replaced(model: nn.Module, packed: nn.Module, make: Callable[..., nn.Module]
         return project(head.layer_norm(head.activation_fn(head.dense(features))))
 
     head.forward = forward
-    return model
+    return calling(model)

@@ -1,72 +1,147 @@
-/* Nearest codeword of each block, and the sums of the blocks that chose each codeword.
+/* One step of k-means: the nearest codeword of each block, and the sums of the blocks that chose each codeword.
  *
  * What it computes is defined in plain torch by quant/kmeans.py: argmax over k of x.c_k - |c_k|^2 / 2, the lowest k on
- * ties. A row's arithmetic does not depend on its neighbours, so nor does the result on how rows are shared out among
- * threads.
+ * ties, and sums in fp64. A point's arithmetic depends neither on its neighbours nor on how work falls to threads; sums are
+ * added up by pieces of which there are always as many, in their order.
+ *
+ * Points are the blocks centred and scaled, in tiles [d, TILE]: laid out once for all steps, so that a vector holds one
+ * element of many points. The arithmetic limits the search, not memory: d FMAs and a comparison for each codeword.
  */
 #include "native.h"
 
-#define LANES 16   /* rows in a vector */
-#define VECTORS 2  /* vectors of rows that share each codeword's load */
-#define LARGEST 64 /* block sizes up to here; the caller takes the torch path above */
+#define TILE 64   /* points */
+#define VECTORS 4 /* that share each load of a codeword's element */
+#define SHARE 32  /* codewords whose sums are put together at a time */
 
-typedef float vfloat __attribute__((vector_size(4 * LANES)));
-typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+#define LANES 4
+#define TARGET
+#include "nearest_rows.h"
+#ifdef __x86_64__
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma")))
+#include "nearest_rows.h"
+#define LANES 16
+#define TARGET __attribute__((target("avx512f")))
+#include "nearest_rows.h"
+#endif
 
-/* Codes of up to LANES * VECTORS rows; those past `n` are worked on as zeros and not stored. */
-static inline __attribute__((always_inline)) void tile(const float *x, int64_t n, const float *codebook, const float *bias,
-                                                       int64_t k, const int d, int32_t *codes)
+typedef struct {
+    const float *x, *codebook, *bias;
+    const double *shift;
+    float *points;
+    int32_t *codes;
+    double *sums, scale;
+    int64_t *counts, n, k, step;
+    int d, lanes;
+} job_t;
+
+static int64_t end_of(const job_t *job, int64_t piece)
 {
-    vfloat rows[VECTORS][LARGEST], best[VECTORS];
-    vint where[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-        for (int l = 0; l < LANES; l++)
-            for (int t = 0; t < d; t++) rows[v][t][l] = v * LANES + l < n ? x[(v * LANES + l) * (int64_t)d + t] : 0;
-        best[v] = bias[0] + (vfloat){0};
-        for (int t = 0; t < d; t++) best[v] += rows[v][t] * codebook[t];
-        where[v] = (vint){0};
-    }
-    for (int64_t j = 1; j < k; j++) {
-        const float *codeword = codebook + j * d;
-        vfloat score[VECTORS];
-        for (int v = 0; v < VECTORS; v++) score[v] = bias[j] + (vfloat){0};
+    return (piece + 1) * job->step < job->n ? (piece + 1) * job->step : job->n;
+}
+
+static void lay_out(const void *data, int64_t piece, int worker)
+{
+    const job_t *job = data;
+    const int d = job->d;
+    const double inverse = 1 / job->scale; /* of a power of two */
+    double energy = 0;
+    (void)worker;
+    for (int64_t i = piece * job->step; i < end_of(job, piece); i += TILE) {
+        int64_t n = job->n - i < TILE ? job->n - i : TILE;
         for (int t = 0; t < d; t++)
-            for (int v = 0; v < VECTORS; v++) score[v] += rows[v][t] * codeword[t];
-        for (int v = 0; v < VECTORS; v++) {
-            vint better = score[v] > best[v];
-            best[v] = (vfloat)((better & (vint)score[v]) | (~better & (vint)best[v]));
-            where[v] = (better & (int32_t)j) | (~better & where[v]);
-        }
+            for (int64_t l = 0; l < TILE; l++) {
+                double value = l < n ? job->x[(i + l) * d + t] - job->shift[t] : 0;
+                job->points[i * d + t * TILE + l] = (float)(value * inverse);
+                energy += value * value;
+            }
     }
-    for (int v = 0; v < VECTORS; v++)
-        for (int l = 0; l < LANES; l++)
-            if (v * LANES + l < n) codes[v * LANES + l] = where[v][l];
+    job->sums[piece] = energy;
 }
 
-FOR_EACH_PROCESSOR
-static void search(const float *x, int64_t n, const float *codebook, const float *bias, int64_t k, int d, int32_t *codes)
+/* points [ceil(n / TILE), d, TILE] = (x - shift) / scale, with zeros after the last; energies [pieces] of |x - shift|^2.
+ * `step`, a multiple of TILE, blocks make a piece. */
+EXPORT void qn_lay_out(fork_t fork, int32_t threads, const float *x, int64_t n, int32_t d, const double *shift, double scale,
+                       int64_t step, float *points, double *energies)
 {
-    for (int64_t i = 0; i < n; i += LANES * VECTORS)
-        switch (d) { /* the usual block sizes stay in registers */
-        case 4: tile(x + i * 4, n - i, codebook, bias, k, 4, codes + i); break;
-        case 8: tile(x + i * 8, n - i, codebook, bias, k, 8, codes + i); break;
-        default: tile(x + i * d, n - i, codebook, bias, k, d, codes + i);
-        }
+    job_t job = {.x = x, .n = n, .d = d, .shift = shift, .scale = scale, .step = step, .points = points, .sums = energies};
+    share_out(fork, threads, lay_out, &job, (n + step - 1) / step);
 }
 
-/* x [n, d], codebook [k, d], bias [k] = -|c|^2 / 2, d <= LARGEST; codes [n] out. */
-EXPORT void qn_nearest(const float *x, int64_t n, const float *codebook, const float *bias, int64_t k, int32_t d,
-                       int32_t *codes)
-{
-    search(x, n, codebook, bias, k, d, codes);
-}
-
-/* sums [k, d] += the rows of each code, counts [k] += how many, in the order of the rows */
-EXPORT void qn_accumulate(const float *x, const int32_t *codes, int64_t n, int32_t d, double *sums, int64_t *counts)
+static inline __attribute__((always_inline)) void add_up(const float *x, int64_t n, const int d, const int32_t *codes,
+                                                         double *sums, int64_t *counts)
 {
     for (int64_t i = 0; i < n; i++) {
         double *sum = sums + (int64_t)codes[i] * d;
-        for (int32_t t = 0; t < d; t++) sum[t] += x[i * d + t];
+        for (int t = 0; t < d; t++) sum[t] += x[i * d + t];
         counts[codes[i]]++;
     }
+}
+
+static void assign(const void *data, int64_t piece, int worker)
+{
+    const job_t *job = data;
+    const int64_t end = end_of(job, piece);
+    double *sums = job->sums + piece * job->k * job->d;
+    int64_t *counts = job->counts + piece * job->k;
+    (void)worker;
+    memset(sums, 0, sizeof *sums * job->k * job->d);
+    memset(counts, 0, sizeof *counts * job->k);
+    for (int64_t i = piece * job->step; i < end; i += TILE) {
+        int64_t n = end - i < TILE ? end - i : TILE;
+        if (job->points) {
+            const float *tile = job->points + i * job->d;
+            int32_t codes[TILE];
+            switch (job->lanes) {
+#ifdef __x86_64__
+            case 16: search_16(tile, job->codebook, job->bias, job->k, job->d, codes); break;
+            case 8: search_8(tile, job->codebook, job->bias, job->k, job->d, codes); break;
+#endif
+            default: search_4(tile, job->codebook, job->bias, job->k, job->d, codes);
+            }
+            memcpy(job->codes + i, codes, 4 * n);
+        }
+        const float *rows = job->x + i * job->d;
+        switch (job->d) {
+        case 4: add_up(rows, n, 4, job->codes + i, sums, counts); break;
+        case 8: add_up(rows, n, 8, job->codes + i, sums, counts); break;
+        default: add_up(rows, n, job->d, job->codes + i, sums, counts);
+        }
+    }
+}
+
+/* The first piece's sums of SHARE codewords += those of the other pieces, in their order. */
+static void add_pieces(const void *data, int64_t share, int worker)
+{
+    const job_t *job = data;
+    const int64_t k = job->k, d = job->d, first = share * SHARE, end = first + SHARE < k ? first + SHARE : k;
+    (void)worker;
+    for (int64_t piece = 1; piece * job->step < job->n; piece++) {
+        const double *sums = job->sums + piece * k * d;
+        const int64_t *counts = job->counts + piece * k;
+        for (int64_t i = first * d; i < end * d; i++) job->sums[i] += sums[i];
+        for (int64_t j = first; j < end; j++) job->counts[j] += counts[j];
+    }
+}
+
+/* The widest vectors that this processor has, in floats. */
+EXPORT void qn_lanes(int32_t *lanes)
+{
+    *lanes = 4;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) *lanes = 8;
+    if (__builtin_cpu_supports("avx512f")) *lanes = 16;
+#endif
+}
+
+/* codes [n] of the nearest of codebook [k, d], bias [k] = -|c|^2 / 2, to points; without points, codes are given.
+ * sums [pieces, k, d] of the rows of x [n, d] of each code, counts [pieces, k]: their first entries end as the totals. */
+EXPORT void qn_assign(fork_t fork, int32_t threads, const float *points, const float *x, int64_t n, int32_t d,
+                      const float *codebook, const float *bias, int64_t k, int64_t step, int32_t lanes, int32_t *codes,
+                      double *sums, int64_t *counts)
+{
+    job_t job = {.points = (float *)points, .x = x, .n = n, .d = d, .codebook = codebook, .bias = bias, .k = k, .step = step,
+                 .lanes = lanes, .codes = codes, .sums = sums, .counts = counts};
+    share_out(fork, threads, assign, &job, n ? (n + step - 1) / step : 1); /* no rows: zeros */
+    if (n > step) share_out(fork, threads, add_pieces, &job, (k + SHARE - 1) / SHARE);
 }

@@ -1,19 +1,19 @@
-"""The compiled search for the nearest codeword (nearest.c), where installation could compile it. Defined by quant/kmeans.py."""
+"""The compiled steps of k-means (nearest.c), where installation could compile them. Defined by quant/kmeans.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_double
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fairseq_qn.kernels import native
-from fairseq_qn.kernels.native import INT, POINTER, SIZE
+from fairseq_qn.kernels.native import INT, POINTER, SIZE, THREADS
 
 LARGEST = 64  # block sizes that the kernel takes
-_ROWS = 32  # rows that the kernel works on at a time
-_PARTS = 64  # parts of the sums, whatever the number of threads, so that they are added up in one order
+TILE = 64  # points that lie together
+_PIECES = 64  # of the sums at most, whatever the number of threads, so that they are added up in one order
 
 
 def usable(x: Tensor) -> bool:
@@ -21,53 +21,53 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LARGEST and native.library() is not None
 
 
-def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index int32 [n] of the codeword of codebook [K, d] that is nearest to each row of x [n, d]; both fp32 on the CPU."""
-    (n, d), x, codebook = x.shape, x.contiguous(), codebook.contiguous()
-    bias = codebook.pow(2).sum(1).div_(-2)
-    codes = torch.empty(n, dtype=torch.int32)
+@cache
+def lanes() -> int:
+    """Floats in the widest vectors of this processor that the kernel uses: 4, 8 or 16."""
+    found = torch.empty((), dtype=torch.int32)
+    native.function("qn_lanes", (POINTER,))(found.data_ptr())
+    return int(found)
 
-    kernel = native.function("qn_nearest", (POINTER, SIZE, POINTER, POINTER, SIZE, INT, POINTER))
 
-    def search(begin: int, end: int) -> None:
-        kernel(
-            x.data_ptr() + 4 * d * begin, end - begin, codebook.data_ptr(), bias.data_ptr(), len(codebook), d,
-            codes.data_ptr() + 4 * begin,
-        )  # fmt: skip
+def lay_out(x: Tensor, shift: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(x - shift) / scale in the order that `assign` searches in, and the sum of |x - shift|^2.
 
-    _share_out(search, n, torch.get_num_threads() * 4)
-    return codes
+    x fp32 [n, d], contiguous; shift fp64 [d]; scale a power of two.
+    """
+    (n, d), step = x.shape, _step(len(x), 1)
+    points = torch.empty(-(-n // TILE), d, TILE)
+    energies = torch.zeros(-(-n // step), dtype=torch.float64)
+    kernel = native.function("qn_lay_out", (*THREADS, POINTER, SIZE, INT, POINTER, c_double, SIZE, POINTER, POINTER))
+    kernel(*native.threads(), x.data_ptr(), n, d, shift.data_ptr(), scale, step, points.data_ptr(), energies.data_ptr())
+    return points, sum(energies.tolist())
+
+
+def assign(points: Tensor, x: Tensor, codebook: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int32 [n] of the codeword nearest to each point; fp64 sums [K, d] of the rows of x of each code, counts [K].
+
+    points: from lay_out of x, in the units of codebook fp32 [K, d]. width: of vectors, instead of `lanes`.
+    """
+    codes, codebook = torch.empty(len(x), dtype=torch.int32), codebook.contiguous()
+    return codes, *_run(points, x, codebook, codes, len(codebook), width or lanes())
 
 
 def accumulate(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
     """Sums fp64 [K, d] of the rows of each code, and their counts int64 [K]; x fp32 [n, d], codes int32 [n]."""
-    (n, d), x, codes = x.shape, x.contiguous(), codes.contiguous()
-    parts = max(1, min(_PARTS, n // (4 * n_centroids)))
-    sums = torch.zeros(parts, n_centroids, d, dtype=torch.float64)
-    counts = torch.zeros(parts, n_centroids, dtype=torch.int64)
-    step = -(-n // parts)
-
-    kernel = native.function("qn_accumulate", (POINTER, POINTER, SIZE, INT, POINTER, POINTER))
-
-    def add(begin: int, end: int) -> None:
-        part = begin // step
-        kernel(
-            x.data_ptr() + 4 * d * begin, codes.data_ptr() + 4 * begin, end - begin, d,
-            sums[part].data_ptr(), counts[part].data_ptr(),
-        )  # fmt: skip
-
-    _share_out(add, n, parts, step)
-    return sums.sum(0), counts.sum(0)
+    return _run(None, x.contiguous(), None, codes.contiguous(), n_centroids, 0)
 
 
-def _share_out(work: Callable[[int, int], None], n: int, parts: int, step: int | None = None) -> None:
-    """work(begin, end) over all rows, in pieces, on as many threads as torch uses."""
-    step = step or _ROWS * -(-n // (_ROWS * parts))
-    pieces = [(begin, min(n, begin + step)) for begin in range(0, n, step)]
-    threads = min(torch.get_num_threads(), len(pieces))
-    if threads <= 1:
-        for piece in pieces:
-            work(*piece)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda piece: work(*piece), pieces))
+def _run(points: Tensor | None, x: Tensor, codebook: Tensor | None, codes: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
+    (n, d), step = x.shape, _step(len(x), k)
+    pieces = max(1, -(-n // step))
+    sums, counts = torch.empty(pieces, k, d, dtype=torch.float64), torch.empty(pieces, k, dtype=torch.int64)
+    bias = None if codebook is None else codebook.pow(2).sum(1).div_(-2)
+    kernel = native.function("qn_assign", (*THREADS, POINTER, POINTER, SIZE, INT, POINTER, POINTER, SIZE, SIZE, INT,
+                                           POINTER, POINTER, POINTER))  # fmt: skip
+    address = [None if t is None else t.data_ptr() for t in (points, x, codebook, bias, codes, sums, counts)]
+    kernel(*native.threads(), *address[:2], n, d, *address[2:4], k, step, width, *address[4:])
+    return sums[0], counts[0]
+
+
+def _step(n: int, k: int) -> int:
+    """Blocks in a piece of work: whole tiles, and so many that the sums of all pieces stay smaller than the blocks."""
+    return TILE * max(1, -(-n // (TILE * max(1, min(_PIECES, n // k)))))

@@ -74,8 +74,8 @@ def read_dictionary(data: bytes) -> Dictionary:
     try:
         fields = json.loads(data)
         dictionary = Dictionary()
-        dictionary.symbols = [str(symbol) for symbol in fields["symbols"]]
-        dictionary.indices = {symbol: index for index, symbol in enumerate(dictionary.symbols)}
+        dictionary.symbols = list(map(str, fields["symbols"]))
+        dictionary.indices = dict(zip(dictionary.symbols, range(len(dictionary.symbols))))
         dictionary.count = [1] * len(dictionary.symbols)
         for name in (*_INDICES, "nspecial"):
             setattr(dictionary, name, int(fields[name]))

@@ -29,7 +29,11 @@ typedef struct {
 #define LANES 16
 #include "lookup_rows.h"
 
-static int64_t scratch_size(int64_t k, int d, int64_t chunk, int lanes) { return (GROUPS * (d + k) + chunk) * lanes; }
+/* A code beyond the codebook reads nonsense, but from scratch memory: hence what is left of 256 codewords. */
+static int64_t scratch_size(int64_t k, int d, int64_t chunk, int lanes)
+{
+    return (GROUPS * (d + k) + chunk + (k < 256 ? 256 - k : 0)) * lanes;
+}
 
 static void work(const void *data, int64_t piece, int worker)
 {

@@ -98,6 +98,17 @@ def test_values_that_are_not_finite_stay_in_their_row() -> None:
     assert torch.equal(y[keep], lookup.linear(x[keep], codes, codebook, bias))
 
 
+@needs_kernel
+def test_a_code_beyond_the_codebook_spoils_its_own_output_only() -> None:
+    codes, codebook, bias = layer(0, 30, 6, 4, 3)
+    x = rows(1, 20, 24)
+    expected = lookup.linear(x, codes, codebook, bias)
+    codes[7] = 255
+    found = lookup.linear(x, codes, codebook, bias)
+    keep = [i for i in range(30) if i != 7]
+    assert torch.equal(found[:, keep], expected[:, keep])
+
+
 def test_what_the_kernel_does_not_take() -> None:
     codes, codebook, _ = layer(0, 30, 6, 4, 100)
     assert lookup.usable(codes, codebook) is (native.library() is not None)

@@ -45,7 +45,8 @@ def build(args: Namespace) -> tuple[Any, Any]:
     return task, task.build_model(args)
 
 
-def write_checkpoint(folder: Path, layers: int = 12, width: int = 768, heads: int = 12, words: int = WORDS) -> Path:
+def write_checkpoint(folder: Path, layers: int = 12, width: int = 768, heads: int = 12, words: int = WORDS,
+                     positions: int = 512) -> Path:  # fmt: skip
     """FOLDER/dict.txt and FOLDER/model.pt, which fairseq loads; kept if it is there already."""
     import torch
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -56,6 +57,7 @@ def write_checkpoint(folder: Path, layers: int = 12, width: int = 768, heads: in
         return path
     write_dictionary(folder, words)
     args = settings(layers, width, heads, folder)
+    args.max_positions = args.tokens_per_sample = positions
     _, model = build(args)
     config = OmegaConf.to_container(convert_namespace_to_omegaconf(args), resolve=True, enum_to_str=True)
     history = {"criterion_name": "MaskedLmLoss", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}, "num_updates": 0}

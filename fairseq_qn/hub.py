@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fairseq_qn import api
 from fairseq_qn.artifact import manifest
 from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.models.checkpoint import load_checkpoint
 from fairseq_qn.models.describe import build_model, build_task
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.stock import to_stock
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
-from fairseq_qn.recipe import Recipe
 
 __all__ = [
     "QNRobertaModel",
@@ -169,38 +169,6 @@ def load_any(path: str | Path, data: str | None = None) -> nn.Module:
     return api.load(find_file(path)) if is_small(path) else load_checkpoint(path, data)[0]
 
 
-def load_checkpoint(
-    path: str | Path, data: str | None = None, recipe: str | None = None, heads: bool = True
-) -> tuple[nn.Module, Any, Any]:
-    """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
-
-    recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
-    Raises FormatError, UnsupportedError for an architecture that has no qn_ kind, MismatchError.
-    """
-    if not Path(path).is_file():
-        raise FormatError(f"{path}: no such checkpoint")
-    try:
-        overrides = {"data": data} if data else {}
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
-    except Exception as error:  # torch.load raises many kinds
-        raise FormatError(
-            f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}"
-        ) from error
-    if state.get("cfg") is None and state.get("args") is not None:
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-        state["cfg"] = convert_namespace_to_omegaconf(state["args"])
-    state["args"] = (
-        None  # an old checkpoint's options; fairseq would build from them, and pass over what is changed here
-    )
-    config = state["cfg"]
-    _as_quantised(config, recipe, heads, path)
-    (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], state=state)
-    if recipe is not None:  # now that its heads are there: each line has to match
-        api.apply(model, Recipe.load(recipe))
-    return model.eval(), config, task
-
-
 def export_fairseq(path: str | Path, output: str | Path, data: str | None = None) -> dict[str, Any]:
     """Write a qn_ checkpoint as a stock one: frozen layers by their decoded weights, all else exactly as it is stored.
 
@@ -215,30 +183,6 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     checkpoint_utils.torch_persistent_save(stock, str(output))
     made = getattr(stock["cfg"]["model"], "arch", None) or stock["cfg"]["model"]["_name"]
     return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
-
-
-def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path) -> None:
-    from fairseq.models import ARCH_MODEL_REGISTRY
-    from fairseq.tasks import TASK_REGISTRY
-
-    OmegaConf.set_struct(config, False)
-    model, task = config.model, config.task
-    arch = getattr(model, "_name", None) or getattr(model, "arch", None)
-    if not arch.startswith("qn_"):
-        if f"qn_{arch}" not in ARCH_MODEL_REGISTRY:
-            raise UnsupportedError(
-                f"{path}: architecture {arch!r} has no qn_ kind; expected RoBERTa, transformer or transformer_lm"
-            )
-        for key in ("_name", "arch"):
-            if getattr(model, key, None):
-                setattr(model, key, f"qn_{getattr(model, key)}")
-    if f"qn_{task._name}" in TASK_REGISTRY:
-        task._name = f"qn_{task._name}"
-    if heads:
-        model.load_checkpoint_heads = True
-    if recipe is not None:
-        text = Recipe.load(recipe).to_json()
-        task.quant_recipe = model.quant_recipe = text
 
 
 def _build(source: dict[str, Any], assets: dict[str, bytes]) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from fairseq_qn.errors import NonFiniteWeight
 from fairseq_qn.modules.view import CODED, FLOAT, FROZEN, WeightView
 from fairseq_qn.quant import product
+from fairseq_qn.quant.kmeans import count_nonfinite
 from fairseq_qn.quant.noise import seed_of
 
 Progress = Callable[[Sequence[WeightView]], Iterable[WeightView]]
@@ -71,8 +72,7 @@ def distortion(view: WeightView) -> float:
 
 def _check_finite(view: WeightView) -> None:
     weight = view.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    if bad := count_nonfinite(weight):
         raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing was frozen")
 
 
@@ -82,21 +82,32 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
     world = torch.distributed.get_world_size() if distributed else 1
     rank = torch.distributed.get_rank() if distributed else 0
     seconds: dict[str, float] = {}
+    errors: dict[str, float] = {}
     owner = _share_out(views, world)
     for view in progress(views) if progress else views:
         if owner[view.name] == rank:
             began = time.perf_counter()
-            _learn(view, iterations)
+            errors[view.name] = _learn(view, iterations)
             seconds[view.name] = time.perf_counter() - began
     if distributed:
         for view in views:
             if view.rule.scheme == "product":
                 torch.distributed.broadcast(view.codes, owner[view.name])
                 view.codes.add_(0)  # a broadcast does not count as a write: tell caches that the codes changed
+        errors = _all_errors(views, errors)
     return [
-        LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), distortion(v), seconds.get(v.name, 0.0))
+        LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0))
         for v in views
     ]  # fmt: skip
+
+
+def _all_errors(views: Sequence[WeightView], own: dict[str, float]) -> dict[str, float]:
+    """The errors of all layers, each from the rank that learned it."""
+    if not views:
+        return {}
+    errors = torch.tensor([own.get(view.name, 0.0) for view in views], dtype=torch.float64, device=views[0].weight.device)
+    torch.distributed.all_reduce(errors)
+    return {view.name: error for view, error in zip(views, errors.tolist(), strict=True)}
 
 
 def _share_out(views: Sequence[WeightView], world: int) -> dict[str, int]:
@@ -109,13 +120,17 @@ def _share_out(views: Sequence[WeightView], world: int) -> dict[str, int]:
     return owner
 
 
-def _learn(view: WeightView, iterations: int) -> None:
+def _learn(view: WeightView, iterations: int) -> float:
+    """Learn a view's codes; returns its distortion."""
     if view.rule.scheme != "product":
-        return
-    weight, rule = view.weight.detach(), view.rule
+        return distortion(view)
+    weight, rule, pad = view.weight.detach(), view.rule, view.padding_idx
     start = None if view.phase == FLOAT else product.codebook_of(weight, view.groups, rule.block_size).float()
-    codes, _ = product.learn(
-        weight, rule.block_size, view.n_centroids, padding_idx=view.padding_idx, iterations=iterations,
+    codes, clusters = product.learn(
+        weight, rule.block_size, view.n_centroids, padding_idx=pad, iterations=iterations,
         seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
     )  # fmt: skip
     view.codes.copy_(codes)
+    lost = 0.0 if pad is None else float(weight[pad].double().square().sum())  # the pad row reads as zeros
+    total = clusters.energy + lost
+    return (clusters.objective + lost) / total if total > 0 else 0.0

@@ -30,11 +30,15 @@ CANCELS = 1e-6  # of the energy: an objective below this share is summed up bloc
 
 @dataclass(frozen=True)
 class Clusters:
-    """codes int32 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each iteration."""
+    """codes int32 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each iteration.
+
+    energy: sum of squares of the input, which the objective is a share of.
+    """
 
     codes: Tensor
     codebook: Tensor
     history: tuple[float, ...]
+    energy: float
 
     @property
     def objective(self) -> float:
@@ -116,7 +120,8 @@ def _sums(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    turn = torch.arange(len(x), dtype=torch.int32, device=x.device).bitwise_and_(63)  # sums that need not wait for each other
+    # 64 sums in turn need not wait for each other
+    turn = torch.arange(len(x), dtype=torch.int32, device=x.device).bitwise_and_(63)
     return _sums(x, turn, 64)[0].sum(0) / len(x)
 
 
@@ -135,7 +140,8 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     if bad := count_nonfinite(x):
         raise NonFiniteWeight(f"{name}: {bad} of {x.numel()} values are NaN or Inf; quantise a finite weight")
     if len(x) <= n_centroids:  # every block is its own codeword
-        return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,))
+        energy = float(x.double().square().sum())
+        return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,), energy)
     return _lloyd(_Points.of(x), _begin(x, n_centroids, seed) if start is None else start, iterations)
 
 
@@ -160,12 +166,12 @@ def _lloyd(points: _Points, start: Tensor, iterations: int) -> Clusters:
     centroids, history = points.place(start), []
     for _ in range(max(1, iterations)):
         codes, means, counts = points.assign(centroids)
-        explained = (counts * (means - points.shift).square().sum(1)).sum()
+        explained = _total(counts * (means - points.shift).square().sum(1))
         objective, n_empty = torch.stack([points.energy - explained, (counts == 0).sum().double()]).tolist()  # one wait
         cancels = objective < CANCELS * float(points.energy)
         errors = _errors(points.x, codes, means) if cancels or n_empty else None
         if cancels:
-            objective = float(errors.sum())
+            objective = float(_total(errors))
         if history and objective >= history[-1]:
             break
         best = codes, means
@@ -176,7 +182,13 @@ def _lloyd(points: _Points, start: Tensor, iterations: int) -> Clusters:
         if n_empty:
             centroids[counts == 0] = points.place(points.x[errors.topk(int(n_empty)).indices])
     codes, means = best
-    return Clusters(codes, means.float(), tuple(history))
+    energy = float(points.energy + len(codes) * points.shift.square().sum())
+    return Clusters(codes, means.float(), tuple(history), energy)
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum [] of values [n], added in their order: that of torch's sum depends on the number of threads."""
+    return values.cumsum(0)[-1]
 
 
 def _errors(x: Tensor, codes: Tensor, means: Tensor) -> Tensor:

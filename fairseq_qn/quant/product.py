@@ -112,20 +112,15 @@ def learn(weight: Tensor, block_size: int, n_centroids: int, *, padding_idx: int
 
     The pad row takes no part and gets code 0. Raises NonFiniteWeight.
     """
-    shape = codes_shape(weight.shape, block_size)
-    kept = torch.ones(shape[0], dtype=torch.bool, device=weight.device)
-    if padding_idx is not None:
-        kept[padding_idx] = False
+    kept, pad, columns = weight.detach(), padding_idx, codes_shape(weight.shape, block_size)[1]
+    if pad is not None:
+        kept = torch.cat([kept[:pad], kept[pad + 1 :]])
     clusters = kmeans(
-        to_blocks(weight.detach()[kept], block_size),
-        n_centroids,
-        iterations=iterations,
-        seed=seed,
-        start=start,
-        name=name,
+        to_blocks(kept, block_size), n_centroids, iterations=iterations, seed=seed, start=start, name=name
     )
-    codes = torch.zeros(shape, dtype=codes_dtype(n_centroids), device=weight.device)
-    codes[kept] = clusters.codes.reshape(-1, shape[1]).to(codes.dtype)
+    codes = clusters.codes.reshape(-1, columns).to(codes_dtype(n_centroids))
+    if pad is not None:
+        codes = torch.cat([codes[:pad], codes.new_zeros(1, columns), codes[pad:]])
     return codes, clusters
 
 

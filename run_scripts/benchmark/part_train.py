@@ -72,9 +72,10 @@ def batch(task: Any) -> dict[str, Any]:
 
 def trainee(name: str, folder: Path) -> Step:
     """A model of its own, and the function that trains it by one step."""
-    import fairseq_qn  # registers with fairseq
     from fairseq.criterions.masked_lm import MaskedLmConfig, MaskedLmLoss
     from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+
+    import fairseq_qn  # registers with fairseq
 
     hook = {"quant_noise_pq": 0.1, "quant_noise_pq_block_size": 8} if name == HOOK else {}
     task, model = build(settings(LAYERS, WIDTH, HEADS, folder, **hook))

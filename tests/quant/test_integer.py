@@ -122,6 +122,21 @@ def test_nan_and_inf_name_the_layer(value: float, granularity: str) -> None:
         quantize(weight, 4, granularity, 4, "decoder.fc1.weight")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_read_of_nan_or_inf_is_nan_where_its_range_is(value: float) -> None:
+    """A read waits for no GPU, so it raises nothing: the loss shows it."""
+    weight = torch.tensor([[1.0, 2.0], [value, 1.0], [0.0, -3.0]])
+    found = fake_quantize(weight, 4)
+    assert found[1].isnan().all() and torch.equal(found[::2], fake_quantize(weight[::2], 4))
+
+
+@given(weights(shapes, DTYPES), bits, granularities)
+def test_a_read_is_what_the_file_will_hold(weight: Tensor, n: int, granularity: str) -> None:
+    before = weight.clone()
+    stored = dequantize(quantize(weight, n, granularity, 4), weight.shape, weight.dtype)
+    assert torch.equal(fake_quantize(weight, n, granularity, 4), stored) and torch.equal(weight, before)
+
+
 def test_group_sizes_that_do_not_fit_name_the_numbers() -> None:
     with pytest.raises(BlockSizeError, match="^fc1.weight: group_size has to divide the 12 weights of a row, found 8$"):
         ranges_shape((5, 12), "group", 8, "fc1.weight")

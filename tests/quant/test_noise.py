@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, blocks_by_hand, weights_and_block_sizes
 from torch import Tensor
 
+from fairseq_qn.quant import noise
 from fairseq_qn.quant.noise import bernoulli, drop_blocks, replace_blocks, seed_of
 from fairseq_qn.recipe import Noise
 
@@ -50,6 +51,18 @@ def test_a_mask_depends_on_its_seed_and_nothing_else() -> None:
     torch.random.set_rng_state(state)
     bernoulli(1000, 0.3, 5)
     assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers move
+
+
+@pytest.mark.parametrize("n", [0, 3, 8, 9, 15, 16, 17, 100])
+def test_chunks_leave_no_trace(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bernoulli(n, 0.4, 7)
+    monkeypatch.setattr(noise, "CHUNK", 8)
+    assert torch.equal(bernoulli(n, 0.4, 7), whole)
+
+
+@pytest.mark.parametrize(("p", "certain"), [(1, True), (1 - 2**-18, True), (1 - 2**-16, False), (0.5, False)])
+def test_what_is_certain(p: float, certain: bool) -> None:
+    assert noise.is_certain(p) == certain == bool(bernoulli(1_000_000, p, 3).all())
 
 
 def test_a_larger_p_only_adds_blocks() -> None:

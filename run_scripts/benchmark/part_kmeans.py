@@ -18,7 +18,7 @@ from fairseq_qn.quant.kmeans import kmeans
 
 K, ITERATIONS = 256, 20
 # rows, columns, block size, the share of the rows that fairseq's EM is timed on
-LAYERS = [(768, 768, 8, 1), (768, 768, 4, 1), (3072, 768, 8, 1), (3072, 768, 4, 4), (50_265, 768, 8, 32)]
+LAYERS = [(768, 768, 8, 1), (768, 768, 4, 1), (3072, 768, 8, 4), (3072, 768, 4, 4), (50_265, 768, 8, 32)]
 
 
 def objective(x: Tensor, codes: Tensor) -> float:
@@ -73,7 +73,7 @@ NOTES = [
     "error: sum of squared errors of our codes against that of faiss', each to the means of its codes; mean over the seeds.",
     "faiss-cpu: Kmeans(nredo=1, max_points_per_centroid=n), without which it would take 256 points for each codeword, and "
     "the search that turns its centroids into codes. Ours: 10 steps on 8,192 blocks, 20 on all, codes included.",
-    f"fairseq EM: one iteration times {ITERATIONS}; of 3072 x 768, d = 4 on a quarter of the blocks, times 4, of the "
+    f"fairseq EM: one iteration times {ITERATIONS}; of 3,072 x 768 on a quarter of the blocks, times 4, of the "
     "table on one in 32, times 32.",
     "limit: 2 n K d operations for each iteration at the rate of this machine's fp32 matrix product.",
 ]

@@ -35,7 +35,7 @@ def linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = Non
     threads = native.threads()
     chunk = _chunk(out, -(-rows // lanes), threads[1])
     size = native.function("qn_lookup_scratch", (SIZE, INT, SIZE, INT), SIZE)(k, d, chunk, lanes)
-    scratch = torch.empty(threads[1], size)
+    scratch = native.scratch(threads[1] * size)
     native.function("qn_lookup", _ARGUMENTS)(
         *threads, x.data_ptr(), rows, codes.data_ptr(), codebook.data_ptr(), k, d, None if bias is None else bias.data_ptr(),
         y.data_ptr(), groups, out, chunk, lanes, scratch.data_ptr(),

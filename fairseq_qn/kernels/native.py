@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 THREADS = (POINTER, INT)  # the first two arguments of a kernel that shares its work out: `threads()`
@@ -47,3 +49,15 @@ def _fork() -> int | None:
 def threads() -> tuple[int | None, int]:
     """What a kernel runs on: torch's OpenMP pool, and as many of its threads as torch uses."""
     return _fork(), torch.get_num_threads()
+
+
+_LOCAL = threading.local()
+
+
+def scratch(size: int) -> Tensor:
+    """fp32 [size] to work in until the next call from this thread. Kept: fresh pages cost more than many a kernel."""
+    kept = getattr(_LOCAL, "buffer", None)
+    if kept is None or len(kept) < size:
+        with torch.inference_mode(False):
+            kept = _LOCAL.buffer = torch.empty(size)
+    return kept[:size]

@@ -11,11 +11,15 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fairseq_qn.kernels import lookup
+from fairseq_qn.kernels import lookup, native
 from fairseq_qn.modules.lazy import LazyWeight
 from fairseq_qn.quant.integer import Integers, dequantize
 from fairseq_qn.quant.product import decode
+
+CHUNK = 1 << 20  # weights that are de-quantised at a time: 4 MiB of fp32
+MANY = 256  # rows of input from which de-quantising is a small part of the product
 
 
 class PQ:
@@ -51,8 +55,36 @@ class Int:
 
     @property
     def weight(self) -> Tensor:
-        """The de-quantised weight."""
+        """The weight, de-quantised at once unless products with it can take it bit by bit."""
+        lazy = len(self.qn_shape) == 2 and not _recorded() and self.scale.device.type == "cpu"
+        return LazyWeight(self, self.qn_shape, self.scale) if lazy else self.decoded()
+
+    def decoded(self) -> Tensor:
+        """The dense weight."""
         return dequantize(Integers(self.levels, self.scale, self.zero), self.qn_shape, self.scale.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear(x, weight, bias), some rows of the weight at a time, which a core's cache holds; x [..., in_features]."""
+        out, columns = self.qn_shape
+        if x.numel() > MANY * columns:
+            return F.linear(x, self.decoded(), bias)
+        step = max(1, CHUNK // columns)
+        if step >= out:
+            return F.linear(x, self._rows(0, out), bias)
+        y = x.new_empty(*x.shape[:-1], out)
+        for begin in range(0, out, step):
+            end = min(out, begin + step)
+            torch.matmul(x, self._rows(begin, end).t(), out=y[..., begin:end])
+        return y if bias is None else y.add_(bias)
+
+    def _rows(self, begin: int, end: int) -> Tensor:
+        """Rows begin .. end of the weight, in memory that the next kernel overwrites."""
+        out, columns = self.qn_shape
+        levels, ranges = self.levels.view(out, columns)[begin:end], len(self.scale) // out  # 0: one range for all
+        part = slice(begin * ranges, end * ranges) if ranges else slice(None)
+        levels = levels.reshape(-1, self.levels.shape[1] if ranges else levels.numel())
+        integers = Integers(levels, self.scale[part], self.zero[part])
+        return dequantize(integers, (end - begin, columns), self.scale.dtype, native.scratch(levels.numel()))
 
     def pack(self, integers: Integers, shape: tuple[int, ...]) -> None:
         """Take the place of the dense weight."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_qn.errors import BlockSizeError, NonFiniteWeight
+from fairseq_qn.kernels import dequantize as kernel
 
 OUTWARD = 1 - 2**-20  # both ends of a range round outward: without it a symmetric range can lose a level
 
@@ -52,8 +53,12 @@ def quantize(
     return Integers(levels.to(torch.uint8), scale.squeeze(1), zero.squeeze(1).to(torch.uint8))
 
 
-def dequantize(integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that the integers stand for."""
+def dequantize(
+    integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """The weight that the integers stand for; `out`, fp32 and contiguous, may be where it is worked out."""
+    if kernel.usable(integers.levels, integers.scale):
+        return kernel.dequantize(integers.levels, integers.scale, integers.zero, out).reshape(tuple(shape)).to(dtype)
     zero = integers.zero.float().unsqueeze(1)
     return (integers.levels.float() - zero).mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
 

@@ -40,7 +40,7 @@ KINDS = {
     "grouped": (PQConv2d, IntConv2d),
 }  # fmt: skip
 
-LOOKED_UP = ("linear", "custom")  # products that sum in another order than a dense one
+PRODUCTS = ("linear", "custom")  # which sum in another order than a dense one
 
 
 def weight_for(module: nn.Module, scheme: str, k: int = 7) -> ProductWeight | IntegerWeight:
@@ -76,7 +76,7 @@ def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
     packed, dense = packed_and_dense(name, scheme)
     x = inputs(dense)
     assert torch.equal(packed.weight, dense.weight)
-    torch.testing.assert_close(packed(x), dense(x), rtol=0, atol=0 if name not in LOOKED_UP else 1e-6)
+    torch.testing.assert_close(packed(x), dense(x), rtol=0, atol=0 if name not in PRODUCTS else 1e-6)
     assert "weight" not in packed._parameters and not any(key.endswith("weight") for key in packed.state_dict())
     base = type(dense)
     assert isinstance(packed, base) and (name == "custom" or type(packed) is KINDS[name][scheme == "integer"])
@@ -138,16 +138,37 @@ def test_a_tied_owner_reads_the_home_and_stays_tied_in_copies(scheme: str) -> No
         assert torch.equal(twin.head.weight, twin.embed.weight)
 
 
-def test_only_what_is_asked_for_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = packed_and_dense("embedding", "product")
+@pytest.mark.parametrize("scheme", ["product", "integer"])
+def test_only_what_is_asked_for_is_decoded(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = packed_and_dense("embedding", scheme)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the whole table was decoded")
 
-    monkeypatch.setattr("fairseq_qn.modules.packed.decode", refuse)
+    monkeypatch.setattr(f"fairseq_qn.modules.packed.{'decode' if scheme == 'product' else 'dequantize'}", refuse)
     packed(torch.tensor([1, 2]))
     with pytest.raises(AssertionError):
         packed.weight + 0
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("tensor", 0), ("channel", 0), ("group", 32)])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_integers_some_rows_at_a_time(
+    kind: type[nn.Module], granularity: str, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    packed = kind(64, 70) if kind is nn.Linear else kind(70, 64)
+    weight = IntegerWeight(integer.quantize(packed.weight, 4, granularity, group_size), (70, 64))
+    dense, bias = weight.dense(), getattr(packed, "bias", None)
+    weight.into(packed)
+    if kind is nn.Embedding:
+        ids = torch.tensor([[0, 69, 3], [3, 3, 8]])
+        assert torch.equal(packed(ids), F.embedding(ids, dense)) and packed(ids[:0]).shape == (0, 3, 64)
+        return
+    monkeypatch.setattr("fairseq_qn.modules.packed.CHUNK", 64 * 9)
+    for x in (torch.randn(2, 3, 64), torch.randn(64), torch.randn(300, 64), torch.randn(0, 64)):
+        torch.testing.assert_close(packed(x), F.linear(x, dense, bias))
+    assert torch.equal(packed.weight, dense)
 
 
 def test_it_is_smaller_in_memory() -> None:

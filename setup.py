@@ -15,6 +15,11 @@ EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests 
 EXTRAS["benchmark"] = EXTRAS["oracle"] + ["aqlm>=1.1.6", "numba>=0.59"]  # peers, for run_scripts/benchmark.sh only
 EXTRAS["test"] = EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
 
+
+def _kernels(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path("fairseq_qn/kernels").glob(pattern))
+
+
 setup(
     name="fairseq-qn",
     version="0.1.0",
@@ -48,9 +53,7 @@ setup(
     # Optional: without a compiler everything works, and codebooks take some ten times longer.
     ext_modules=[
         Extension(
-            "fairseq_qn.kernels._native",
-            sorted(str(path) for path in Path("fairseq_qn/kernels").glob("*.c")),
-            depends=["fairseq_qn/kernels/native.h"], extra_compile_args=["-O3"], optional=True,
+            "fairseq_qn.kernels._native", _kernels("*.c"), depends=_kernels("*.h"), extra_compile_args=["-O3"], optional=True
         )
     ],  # fmt: skip
     zip_safe=False,

@@ -130,6 +130,9 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
         for module, attribute in owners:
             if attribute in module._parameters:  # not the home, nor a module that goes by two names a second time
                 tie(module, attribute, home)
+    for module in model.modules() if packed else ():
+        if hasattr(module, "_set_skip_embed_dim_check"):  # fairseq's attention: to call its projections, not read them
+            module._set_skip_embed_dim_check()
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> Tensor:

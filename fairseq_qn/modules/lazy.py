@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
@@ -25,8 +26,11 @@ class Source(Protocol):
 class LazyWeight(Tensor):
     """Stands for a weight [out_features, in_features], or its transpose, of the shape, dtype and device of the dense one.
 
-    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source, beneath autograd; every other operation
-    gets the dense weight. It has no storage: what reads memory without torch (numpy) has to ask for `decoded()` of the layer.
+    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source; every other operation gets the dense
+    weight. It has no storage: what reads memory without torch has to ask for `decoded()` of the layer.
+
+    Where gradients flow, products are caught beneath autograd (__torch_dispatch__), else above it (__torch_function__): the
+    first of the former makes torch import its distributed tensors, which takes longer than many an answer.
     """
 
     @staticmethod
@@ -57,18 +61,33 @@ class LazyWeight(Tensor):
     def __repr__(self, **kwargs: Any) -> str:
         return repr(self.dense())
 
-    # torch's Python functions, such as multi_head_attention_forward, run as they are; their products arrive below
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        named = getattr(func, "__name__", "")
+        if named in _OF_THE_SHAPE or (func in _ABOVE and _differentiable(args)):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        found = _ABOVE[func](*args, **kwargs) if func in _ABOVE else None
+        return _with_dense(func, args, kwargs) if found is None else found
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        found = _SPECIAL[func](*args) if func in _SPECIAL and not kwargs else None
-        if found is not None:
-            return found
-        dense = lambda value: value.dense() if isinstance(value, LazyWeight) else value  # noqa: E731
-        return func(*tree_map(dense, list(args)), **tree_map(dense, dict(kwargs or {})))
+        found = _BENEATH[func](*args) if func in _BENEATH and not kwargs else None
+        return _with_dense(func, args, kwargs or {}) if found is None else found
+
+
+def _with_dense(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, LazyWeight) else v, (list(args), dict(kwargs)))
+    return func(*args, **kwargs)
+
+
+def _differentiable(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
@@ -84,11 +103,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: 
     return weight.source.product(x, bias)
 
 
-_SPECIAL: dict[Any, Callable] = {
-    aten.linear.default: lambda x, weight, bias=None: _product(x, weight, bias),
-    aten.matmul.default: lambda x, weight: _product(x, weight, None, True),
-    aten.mm.default: lambda x, weight: _product(x, weight, None, True),
-    aten.addmm.default: lambda bias, x, weight: _product(x, weight, bias, True),
-    aten.t.default: lambda weight: weight.flipped(),
-    aten.detach.default: lambda weight: weight,
-}
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return _product(input, weight, bias)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
+    return _product(input, other, None, True)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **scales: float) -> Tensor | None:
+    return None if scales else _product(x, weight, bias, True)
+
+
+def _t(weight: LazyWeight) -> LazyWeight:
+    return weight.flipped()
+
+
+_ABOVE: dict[Any, Callable] = {F.linear: _linear, torch.addmm: _addmm, torch.t: _t, Tensor.t: _t} | dict.fromkeys(
+    (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul
+)
+_BENEATH: dict[Any, Callable] = {
+    aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.addmm.default: _addmm,
+    aten.t.default: _t, aten.detach.default: lambda weight: weight,
+}  # fmt: skip
+_OF_THE_SHAPE = {"__get__", "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "__len__",
+                 "is_complex", "get_device", "requires_grad_"}  # fmt: skip

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
 from fairseq_qn.quant.kmeans import Clusters, kmeans, nearest
 
+PART = 1 << 18  # codes that are widened at a time
 RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal blocks is 0.3% off
 
 
@@ -82,7 +83,11 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
 
 def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None) -> Tensor:
     """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; the pad row is zero."""
-    weight = from_blocks(F.embedding(codes.reshape(-1).int(), codebook), shape)
+    codes = codes.reshape(-1)
+    blocks = codebook.new_empty(len(codes), codebook.shape[1])
+    for part, chosen in zip(blocks.split(PART), codes.split(PART), strict=True):
+        torch.index_select(codebook, 0, chosen.int(), out=part)
+    weight = from_blocks(blocks, shape)
     if padding_idx is not None:
         weight[padding_idx] = 0
     return weight

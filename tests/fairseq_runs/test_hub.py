@@ -16,9 +16,11 @@ from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode, get_encoder
 from fairseq_cli import preprocess
 from fairseq_run import MLM, Run, command, recipe, sentences, train, write_recipe
 
+import fairseq_qn
 from fairseq_qn.cli import main
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.hub import QNRobertaModel
+from fairseq_qn.kernels import native
 
 LINES = sentences(4, 9)
 HEAD = "sentence_classification_head"
@@ -133,6 +135,20 @@ def test_the_interface_of_the_checkpoint_says_the_same(data, masked: Run, answer
     filled = theirs.fill_mask(f"{LINES[0].split()[0]} <mask> {LINES[0].split()[1]}")
     assert [token for _, _, token in filled] == [token for _, _, token in ours["filled"]]
     assert [chance for _, chance, _ in filled] == pytest.approx([chance for _, chance, _ in ours["filled"]], rel=1e-4)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
+def test_a_packed_model_never_sees_a_dense_weight(masked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, feed-forward layers and the tied LM head compute from codes, with padding in the batch too."""
+    path = compress(masked, tmp_path / "m.qn.safetensors", "--parts", "float32")
+    packed, dense = fairseq_qn.load(path, "packed"), fairseq_qn.load(path)
+    tokens = torch.randint(4, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+    tokens[1, 6:] = dense.encoder.dictionary.pad()
+    with torch.no_grad():
+        expected = dense(tokens)[0]
+        monkeypatch.delattr("fairseq_qn.modules.packed.decode")
+        found = packed(tokens)[0]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_byte_level_bpe_travels(answers: dict) -> None:

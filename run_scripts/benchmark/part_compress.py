@@ -96,7 +96,8 @@ def main() -> None:
     extra: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.checkpoints or Path(temporary)
-        cases = [case for size in args.only for case in measure(size, folder, args.repeats, args.peers)]
+        peers = {"roberta_base": args.peers}
+        cases = [case for size in args.only for case in measure(size, folder, args.repeats, peers.get(size, []))]
         if args.plain:
             base = write_checkpoint(folder / "roberta_base", *SIZES["roberta_base"][:3])
             extra["without_kernel_seconds"] = run("plain", base, folder / "out")[0]

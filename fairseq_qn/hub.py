@@ -107,7 +107,7 @@ def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | N
     with _described():
         task = build_task(source, file.assets)  # once: a large dictionary takes as long as the whole model
         model = build_model(source, task)
-    model = file.load(mode, model)
+    model = file.load(mode, model, dtype=dtype)
     roberta = isinstance(model, QNRobertaModel)
     with _bpe_config(file, full=not roberta) as config:
         if roberta:

@@ -7,10 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-benchmark-results}
 threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)}
-bash run_scripts/setup.sh benchmark
-mkdir -p "$out"
-# aqlm 1.1.7's numba kernel adds into one array from all its threads: with two its sums are wrong by a fifth, and it is slower.
-export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=1
 [ $# -gt 0 ] || set -- kmeans compress train infer file
 for part in "$@"; do
     if [ ! -f "run_scripts/benchmark/part_$part.py" ]; then
@@ -18,6 +14,10 @@ for part in "$@"; do
         exit 2
     fi
 done
+bash run_scripts/setup.sh benchmark
+mkdir -p "$out"
+# aqlm 1.1.7's numba kernel adds into one array from all its threads: with two its sums are wrong by a fifth, and it is slower.
+export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=1
 for part in "$@"; do
     .venv/bin/python "run_scripts/benchmark/part_$part.py" --out "$out" --repeats "${REPEATS:-5}"
 done

@@ -151,6 +151,19 @@ def test_a_packed_model_never_sees_a_dense_weight(masked: Run, tmp_path: Path, m
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("mode", ["dense", "packed"])
+def test_in_bfloat16(masked: Run, tmp_path: Path, mode: str) -> None:
+    path = compress(masked, tmp_path / "m.qn.safetensors")
+    full, short = (QNRobertaModel.from_pretrained(str(path), mode=mode, dtype=d) for d in (None, torch.bfloat16))
+    tensors = {**dict(short.model.named_parameters()), **dict(short.model.named_buffers())}
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    assert floating and all(tensor.dtype == torch.bfloat16 for tensor in floating.values())
+    tokens = torch.tensor([[0, 5, 6, 7, 8, 2]])
+    with torch.no_grad():
+        expected, found = full.model(tokens)[0], short.model(tokens)[0]
+    assert found.dtype == torch.bfloat16 and (found.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
 def test_byte_level_bpe_travels(answers: dict) -> None:
     ours = answers["gpt2 float16 packed"]
     assert ours["decoded"] == LINES

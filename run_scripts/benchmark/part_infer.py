@@ -22,6 +22,7 @@ GROUPS_OF_8 = {"version": 1, "rules": [
     {"layers": r".*(fc[12]|embed_tokens|(q|k|v|out)_proj)", "scheme": "product", "block_size": 8, "n_centroids": 256},
 ]}  # fmt: skip
 SHAPES = ((1, 32), (1, 128), (16, 128))
+PAD, THREADS = 1, torch.get_num_threads()
 TOLERANCE = {"packed": 1e-5, "bfloat16": 5e-2}  # of the largest logit of the dense fp32 model
 
 
@@ -62,9 +63,16 @@ def contenders(path: Path) -> dict[str, nn.Module]:
 def answer(model: nn.Module, tokens: Tensor, logits: bool) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def run() -> Tensor:
+        torch.set_num_threads(THREADS)  # aqlm's numba leaves all of OpenMP at its own number
         return model(tokens, features_only=not logits)[0]
 
     return run
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, over the largest value. Without the logit of the pad row, which the peers' layouts cannot hold at zero."""
+    keep = [i for i in range(expected.shape[-1]) if i != PAD] if expected.shape[-1] > 50_000 else slice(None)
+    return float((found.float() - expected)[..., keep].abs().max() / expected.abs().max())
 
 
 def limit(packed: nn.Module, tokens: Tensor, logits: bool) -> tuple[float, str]:
@@ -102,12 +110,13 @@ def measure(path: Path, name: str, logits: bool, repeats: int) -> tuple[list[har
         if batch > 1 and name != "all 8":  # aqlm goes row by row: minutes, so only once, in the layout that is its own
             del runs["aqlm"]
         reference = runs["dense fp32"]()
-        errors = {key: float((run().float() - reference).abs().max() / reference.abs().max()) for key, run in runs.items()}
+        errors = {key: difference(run(), reference) for key, run in runs.items()}
         assert errors[harness.OURS] <= TOLERANCE["packed"], errors
         assert max(errors["ours, packed bf16"], errors["ours, dense bf16"]) <= TOLERANCE["bfloat16"], errors
         what = f"{name}, {'all logits' if logits else 'features'}, {batch}x{length}"
         harness.progress(what)
         seconds = harness.race(runs, repeats)
+        torch.set_num_threads(THREADS)
         bound, by = limit(models[harness.OURS], tokens, logits)
         cases.append(harness.Case(what, seconds, bound, by, extra={"error_over_largest": errors, "memory_over_file": ratio}))
     return cases, notes
@@ -128,6 +137,7 @@ def main() -> None:
     worst = {key: max(c.extra["error_over_largest"].get(key, 0) for c in cases) for key in cases[0].values}
     differences = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
     notes.append(f"largest difference to dense fp32, over the largest value: {differences}")
+    torch.set_num_threads(THREADS)
     harness.report("infer", "Answering: RoBERTa-base, from tokens to features or to all 50,265 logits", cases, notes, args)
 
 

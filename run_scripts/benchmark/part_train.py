@@ -138,6 +138,7 @@ def main() -> None:
     parser = arguments("a training step with weight views")
     parser.add_argument("--memory-of", help="print the peak memory of this contender, and nothing else")
     parser.add_argument("--folder", type=Path, help="where the dictionary is, for --memory-of")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="some variants")
     args = parser.parse_args()
     if args.memory_of:
         step = trainee(args.memory_of, args.folder)
@@ -154,21 +155,21 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     """Each variant against the two peers in a race of its own, and in processes of its own."""
     cases: list[Case] = []
     peers = {name: trainee(name, folder) for name in (DENSE, HOOK)}
-    for name in VARIANTS:
+    for name in args.only:
         step = trainee(name, folder)
         for train in (step, *peers.values()):
             for _ in range(WARM):
                 train()
-        seconds = race({OURS: step, **peers}, args.repeats)
+        seconds = race({OURS: step, **peers}, args.repeats, inner=2)
         cases.append(Case(name, seconds, extra={"profile": profile(step)}))
         progress(f"{name}: {cases[-1].ratio(DENSE):.3f} of the step without views, {cases[-1].extra['profile']}")
-    memory: dict[str, list[int]] = {name: [] for name in (DENSE, HOOK, *VARIANTS)}
+    memory: dict[str, list[int]] = {name: [] for name in (DENSE, HOOK, *args.only)}
     for _ in range(FRESH):
         for name, values in memory.items():
             values.append(run_fresh(__file__, "--memory-of", name, "--folder", folder)["bytes"])
             progress(f"{name}: peak memory {values[-1] / 1e6:.0f} MB")
     limit = median(memory[DENSE]) + TABLE
-    for name in VARIANTS:
+    for name in args.only:
         values = {OURS: memory[name], DENSE: memory[DENSE], HOOK: memory[HOOK]}
         layers = (median(memory[name]) - median(memory[DENSE])) / TABLE
         cases.append(Case(f"{name}: peak memory", values, limit, "one layer more", "B", {"extra_layers": layers}))

@@ -1,7 +1,7 @@
 """A training step of fairseq's masked LM with weight views, against the same model without, beside fairseq's own noise.
 
 A RoBERTa of 6 layers, 384 wide, 16 x 128 tokens, fp32. A step is what fairseq's trainer does: forward, loss, backward,
-scale, clip, Adam. Memory is the peak of a process of its own, which differs by some 30 MB from run to run: the median of three.
+scale, clip, Adam. Memory is the peak of a process of its own, which differs by some 30 MB from run to run: the median of two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness import OURS, Case, arguments, peak_memory, progress, race, report, 
 LAYERS, WIDTH, HEADS, SENTENCES, TOKENS = 6, 384, 6, 16, 128
 TABLE = 50_265 * WIDTH * 4  # bytes of the largest layer
 WARM, MEASURED = 2, 3  # steps that bring the optimiser's state into being; steps that the profile adds up
-FRESH = 3  # processes whose memory is measured
+FRESH = 2  # processes whose memory is measured
 DENSE, HOOK = "without views", "fairseq --quant-noise-pq 0.1"
 RECIPE = Path(__file__).parents[2] / "configs" / "recipes" / "roberta.yaml"
 

@@ -173,7 +173,8 @@ class WeightView:
         clock, block_size = self.clock, self.rule.block_size
         seed = noise.seed_of(clock.seed, clock.update, clock.micro, clock.rank, self.name)
         if self.rule.scheme == "integer":
-            return noise.replace_elements(weight, self.quantized(weight), p, seed)
+            masks, rule = noise.draws(weight.numel(), p, seed, weight.device), self.rule
+            return integer.fake_quantize_some(weight, masks, rule.bits, rule.granularity, rule.group_size, self.name)
         mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
         if self._noise_kind == "proxy":
             return noise.drop_blocks(weight, mask, block_size)

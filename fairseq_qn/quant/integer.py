@@ -6,7 +6,7 @@ q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w' = (q - zero) * scale   (Fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_qn.errors import BlockSizeError, NonFiniteWeight
-from fairseq_qn.kernels import dequantize as kernel
+from fairseq_qn.kernels import integers as kernel
 
 OUTWARD = 1 - 2**-20  # both ends of a range round outward: without it a symmetric range can lose a level
 
@@ -73,6 +73,27 @@ def fake_quantize(
     rows = _rows(weight, granularity, group_size, name)
     scale, zero = _affine(rows, bits)
     return _steps(rows, scale, zero, bits).mul_(scale).reshape(weight.shape).to(weight.dtype)
+
+
+def fake_quantize_some(
+    weight: Tensor, masks: Iterable[Tensor], bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+) -> Tensor:
+    """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight elsewhere."""
+    rows = _rows(weight, granularity, group_size, name).contiguous()
+    scale, zero = _affine(rows, bits)
+    if kernel.usable(rows, scale):
+        out, begin = torch.empty_like(rows), 0
+        steps = torch.stack([scale * OUTWARD, scale, 2**bits - 1 - zero]).squeeze(2)
+        for mask in masks:
+            kernel.noise(rows, mask, begin, steps, out)
+            begin += len(mask)
+        return out.reshape(weight.shape).to(weight.dtype)
+    out, old, begin = _steps(rows, scale, zero, bits).mul_(scale), rows.view(-1), 0
+    for mask in masks:
+        part = out.view(-1)[begin : begin + len(mask)]
+        torch.where(mask, part, old[begin : begin + len(mask)], out=part)
+        begin += len(mask)
+    return out.reshape(weight.shape).to(weight.dtype)
 
 
 def _rows(weight: Tensor, granularity: str, group_size: int, name: str) -> Tensor:

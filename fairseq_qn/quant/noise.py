@@ -31,12 +31,12 @@ def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -
     if is_certain(p):
         return torch.ones(n, dtype=torch.bool, device=device)
     mask = torch.empty(n, dtype=torch.bool, device=device)
-    for target, part in zip(mask.split(CHUNK), _draws(n, p, seed, device)):
+    for target, part in zip(mask.split(CHUNK), draws(n, p, seed, device)):
         target.copy_(part)
     return mask
 
 
-def _draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
+def draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
     """`bernoulli` by CHUNK draws, each in the memory of those before: memory that the cache holds costs less than fresh."""
     generator = torch.Generator(device).manual_seed(seed)
     mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
@@ -60,12 +60,4 @@ def replace_blocks(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -
     """
     blocks = to_blocks(phi, block_size)
     torch.where(mask.unsqueeze(1), blocks, to_blocks(weight, block_size), out=blocks)
-    return phi
-
-
-def replace_elements(weight: Tensor, phi: Tensor, p: float, seed: int) -> Tensor:
-    """`replace_blocks` with blocks of one and the mask of (p, seed), of which there is only a part at any time."""
-    parts = zip(weight.reshape(-1).split(CHUNK), phi.view(-1).split(CHUNK), _draws(weight.numel(), p, seed, weight.device))
-    for old, new, mask in parts:
-        torch.where(mask, new, old, out=new)
     return phi

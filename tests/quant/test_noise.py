@@ -13,7 +13,7 @@ from strategies import DTYPES, blocks_by_hand, weights_and_block_sizes
 from torch import Tensor
 
 from fairseq_qn.quant import noise
-from fairseq_qn.quant.noise import bernoulli, drop_blocks, replace_blocks, replace_elements, seed_of
+from fairseq_qn.quant.noise import bernoulli, drop_blocks, replace_blocks, seed_of
 from fairseq_qn.recipe import Noise
 
 
@@ -58,8 +58,6 @@ def test_chunks_leave_no_trace(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bernoulli(n, 0.4, 7)
     monkeypatch.setattr(noise, "CHUNK", 8)
     assert torch.equal(bernoulli(n, 0.4, 7), whole)
-    weight = torch.arange(1.0, n + 1).reshape(1, n)
-    assert torch.equal(replace_elements(weight, -weight, 0.4, 7), weight.where(~whole, -weight))
 
 
 @pytest.mark.parametrize(("p", "certain"), [(1, True), (1 - 2**-18, True), (1 - 2**-16, False), (0.5, False)])

@@ -1,4 +1,4 @@
-"""Weights from integers (dequantize.c), where installation could compile it. Defined by quant/integer.py, to the bit."""
+"""Integers to weights, and integer noise (integers.c), where it could be compiled. Defined by quant/integer.py, to the bit."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def dequantize(levels: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None =
         weight.data_ptr(),
     )  # fmt: skip
     return weight
+
+
+_NOISE = (*native.THREADS, POINTER, POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, POINTER)
+
+
+def noise(weight: Tensor, mask: Tensor, begin: int, steps: Tensor, out: Tensor) -> None:
+    """Into out [n_ranges, values a range], from its value `begin` on: min(round(weight / step), highest) * scale where mask
+    bool [n] says so, elsewhere the weight, fp32 of out's shape. steps fp32 [3, n_ranges]: step, scale, highest. All contiguous.
+    """
+    step, scale, highest = (t.data_ptr() for t in steps)
+    native.function("qn_integer_noise", _NOISE)(
+        *native.threads(), weight.data_ptr() + 4 * begin, mask.data_ptr(), step, scale, highest, begin, len(mask), out.shape[1],
+        out.data_ptr() + 4 * begin,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
 import fairseq_qn
 from fairseq_qn.config_dir import config_dir
-from fairseq_qn.models.describe import _NoData
+from fairseq_qn.models.describe import NoData
 
 RECIPES = sorted((config_dir() / "recipes").glob("*.yaml"))
 
@@ -49,7 +49,7 @@ def build(arch: str, options: tuple[str, ...], vocabulary: int = 50_265) -> torc
             if not hasattr(args, name):
                 setattr(args, name, getattr(defaults, name))
         args.tokens_per_sample = args.max_target_positions = 512
-    with torch.device("meta"), _NoData():  # shapes are all that matching needs
+    with torch.device("meta"), NoData():  # shapes are all that matching needs
         return cls.build_model(args, task)
 
 

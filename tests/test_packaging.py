@@ -53,7 +53,9 @@ def test_command_and_extras() -> None:
     this = distribution("fairseq-qn")
     scripts = {e.name: e.value for e in this.entry_points if e.group == "console_scripts"}
     assert scripts == {"fairseq-qn": "fairseq_qn.cli:main"}
-    assert set(this.metadata.get_all("Provides-Extra")) == {"all", "cli", "hf", "oracle", "plot", "tensorboard", "test"}
+    assert set(this.metadata.get_all("Provides-Extra")) == {
+        "all", "benchmark", "cli", "hf", "oracle", "plot", "tensorboard", "test",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("loaded", ["fairseq", "json"])

@@ -84,9 +84,12 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
 def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None) -> Tensor:
     """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; the pad row is zero."""
     codes = codes.reshape(-1)
-    blocks = codebook.new_empty(len(codes), codebook.shape[1])
-    for part, chosen in zip(blocks.split(PART), codes.split(PART), strict=True):
-        torch.index_select(codebook, 0, chosen.int(), out=part)
+    if codebook.requires_grad:
+        blocks = F.embedding(codes.int(), codebook)
+    else:  # the same, without all codes in int32 at once
+        blocks = codebook.new_empty(len(codes), codebook.shape[1])
+        for part, chosen in zip(blocks.split(PART), codes.split(PART), strict=True):
+            torch.index_select(codebook, 0, chosen.int(), out=part)
     weight = from_blocks(blocks, shape)
     if padding_idx is not None:
         weight[padding_idx] = 0

@@ -158,7 +158,8 @@ def render(cases: list[Case], title: str, notes: list[str]) -> str:
     where = (f"{info['processor']} ({', '.join(info['units'])}), {info['threads']} threads, torch {info['torch']}, "
              f"Python {info['python']}, {info['date']}")  # fmt: skip
     body = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-    return "\n".join([f"### {title}", "", body, "", *(f"{note}  " for note in notes), where, ""])
+    said = [note if note.startswith("|") or not note else f"{note}  " for note in notes]  # two blanks break a line
+    return "\n".join([f"### {title}", "", body, "", *said, where, ""])
 
 
 def report(part: str, title: str, cases: list[Case], notes: list[str], args: argparse.Namespace,

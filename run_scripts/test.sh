@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes the environment, checks the style and runs the tests: run_scripts/test.sh [PYTEST ARGUMENTS]
+# Each run draws the same examples; `run_scripts/test.sh --hypothesis-profile=long` draws others, five times as many.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash run_scripts/setup.sh test

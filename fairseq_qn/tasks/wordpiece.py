@@ -27,6 +27,9 @@ class WordPieceConfig(FairseqDataclass):
 class WordPieceBPE:
     """BERT's tokeniser: clean, lower-case, split at spaces and punctuation, then the longest matching pieces.
 
+    Text is only text: "[SEP]" or "[MASK]" in it are brackets and letters. Hugging Face's tokeniser takes them for its special
+    tokens unless it is told `split_special_tokens=True`, and a sentence could then end or mask itself.
+
     Raises: UnsupportedError (the `tokenizers` library is missing), FormatError (no such vocabulary, or none at all).
     """
 

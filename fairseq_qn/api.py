@@ -87,6 +87,12 @@ def freeze(
     return freeze_views(views, iterations=iterations, progress=progress)
 
 
+def unfrozen(model: nn.Module) -> list[str]:
+    """The stages, in the recipe's order, that have a layer left to freeze; [] without a recipe."""
+    left = {view.rule.stage for view in views_of(model) if view.phase != FROZEN}
+    return [stage.name for stage in recipe_of(model).stages if stage.name in left] if left else []
+
+
 def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[LayerReport]:
     """Learn the codebooks of exact noise from the present weights. A no-op where no rule uses exact noise."""
     _applied(model, "refresh")
@@ -118,8 +124,7 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     Raises UnsupportedError (not frozen, unknown module in `drop`), OSError; the old file survives any of them.
     """
     plan = export.plan(model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source)
-    waiting = sorted({view.rule.stage for view in views_of(model) if view.phase != FROZEN})
-    if waiting:
+    if waiting := unfrozen(model):
         raise UnsupportedError(f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first")
     container.write(path, plan.encode(), plan.manifest)
     return SizeReport.of(path, container.read_manifest(path))

@@ -25,7 +25,7 @@ from fairseq_qn.recipe import Recipe, short_recipe
 
 logger = logging.getLogger(__name__)
 
-_UPSTREAM_NOISE = ("quant_noise_pq", "quant_noise_scalar")
+UPSTREAM_NOISE = ("quant_noise_pq", "quant_noise_scalar")
 
 
 class QuantisedModel:
@@ -41,14 +41,16 @@ class QuantisedModel:
         """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist so far."""
         with open_dict(args) if OmegaConf.is_config(args) else _nothing():
             recipe = _recipe_for(args, task)
-            for name in _UPSTREAM_NOISE:  # its hooks overwrite weights; the recipe stands for them from here on
+            for name in UPSTREAM_NOISE:  # its hooks overwrite weights; the recipe stands for them from here on
                 remember(args, "model", name, 0)
             if recipe is not None:
                 remember(args, "model", "quant_recipe", recipe.to_json())
             model = super().build_model(args, task)
             model.__dict__["_qn_source"] = describe(args, task)
+            if recipe is not None and not hasattr(task, "boundaries"):
+                model.__dict__["_qn_stock_task"] = getattr(_config_of(task), "_name", type(task).__name__)
         if recipe is not None:
-            api.apply(model, recipe, seed=int(getattr(_config_of(task), "seed", 0) or 0), strict=False)
+            api.apply(model, recipe, seed=_seed_of(_config_of(task)), strict=False)
         return model
 
     def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -57,6 +59,13 @@ class QuantisedModel:
         heads = getattr(self, "classification_heads", {})
         sizes = {name: [head.out_proj.out_features, head.dense.out_features] for name, head in heads.items()}
         return {**source, "heads": sizes}, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; one line when a training begins whose task is fairseq's own."""
+        task = self.__dict__.pop("_qn_stock_task", None) if mode else None
+        if task is not None:
+            logger.warning("--task %s freezes no stage, and noise begins anew on resume; train with --task qn_%s", task, task)
+        return super().train(mode)
 
     def load_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
@@ -95,6 +104,21 @@ def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -
     if parent is not None and OmegaConf.is_config(parent.get(group)):
         with open_dict(parent[group]):
             parent[group][key] = value
+
+
+def elsewhere(config: Any, option: str) -> Any:
+    """An option of another group, from the whole configuration; None where this one stands alone.
+
+    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for True.
+    """
+    parent = config._get_parent() if OmegaConf.is_config(config) else None
+    return None if parent is None else OmegaConf.select(parent, option)
+
+
+def _seed_of(config: Any) -> int:
+    """fairseq's --seed. Not every task has an option of that name; a Namespace holds those of all groups."""
+    own = getattr(config, "seed", None)
+    return int((elsewhere(config, "common.seed") if own is None else own) or 0)
 
 
 def _config_of(task: Any) -> Any:

@@ -8,18 +8,22 @@ is frozen at the beginning of the epoch or update, by the same rule on resume. O
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isinf
+from pathlib import Path
 from typing import Any, Optional
 
+from fairseq import checkpoint_utils
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import OmegaConf
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
-from fairseq_qn.models.quantised import remember
+from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel, elsewhere, remember
 from fairseq_qn.modules.freeze import refresh_views
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
+from fairseq_qn.tasks import stages
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ class QuantisedTaskConfig(FairseqDataclass):
 class QuantisedTask:
     """Mixin for a fairseq task class, before it in the bases."""
 
+    boundaries: stages.Boundaries = {}  # when training freezes each stage
+    _fresh: tuple[str, ...] = ()  # stages that were frozen since the last step
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
     _micro: tuple[int, int] = (-1, 0)  # the last (update, micro-batch); an update that overflows in fp16 is tried again
 
@@ -61,18 +67,17 @@ class QuantisedTask:
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Build the model with its heads, then check that every line of the recipe took a layer."""
+        if not from_checkpoint:
+            _refuse_undone(cfg, self._config)
         model = super().build_model(cfg, from_checkpoint)
         recipe = api.recipe_of(model)
         if recipe is None:
-            if getattr(self._config, "quant_recipe", None):
-                raise UnsupportedError(
-                    f"--quant-recipe: {type(model).__name__} takes no recipe; use a qn_ architecture"
-                )
             return model
         strict = not from_checkpoint  # a checkpoint's model may be built here for another use, with other heads
         logger.info("recipe: %s", api.apply(model, recipe, strict=strict))
-        self._boundaries = _boundaries(recipe, self._config)
-        _warn_of_late(self._boundaries, self._config)
+        self.boundaries = stages.boundaries(recipe, self._config)
+        if strict:
+            stages.check_ends(self.boundaries, self._config)
         return model
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
@@ -81,7 +86,7 @@ class QuantisedTask:
         self._quant_model = model
         if api.recipe_of(model) is None:
             return
-        due = [name for name, (unit, at) in self._boundaries.items() if unit == "epoch" and epoch >= at]
+        due = [name for name, (unit, at) in self.boundaries.items() if unit == "epoch" and epoch >= at]
         self._freeze_due(due, f"epoch {epoch}")
         if self._refreshed != epoch:  # on resume within an epoch the codes are those of its beginning
             views = [view for view in views_of(model) if view.noise.refresh == "epoch"]
@@ -89,8 +94,22 @@ class QuantisedTask:
             self._refreshed = epoch
         self._measure()
 
+    def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
+        """Before the last stage no score counts: a freeze makes the loss rise, and the best model would be a dense one."""
+        if any(stage in self.boundaries for stage in api.unfrozen(model)):
+            stages.count_no_score(stats, self._config)
+
+    def post_save(self, path: str, num_updates: int) -> None:
+        """One line with each checkpoint, the last of which is the end of training: what it does not hold frozen, and why."""
+        left = api.unfrozen(self._quant_model)
+        if left:
+            why = stages.explain(left, self.boundaries)
+            logger.info("%s: not frozen at update %d: %s", Path(path).name, num_updates, why)
+
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """What fairseq adds to a checkpoint, and hands back before the epoch in which training resumes."""
+        if isinf(getattr(checkpoint_utils.save_checkpoint, "best", 0)):
+            stages.forget_best()  # a stand-in of count_no_score's, which is not to be kept
         return {type(self).__name__: {"refreshed": self._refreshed, "micro": list(self._micro)}}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
@@ -102,9 +121,15 @@ class QuantisedTask:
         """fairseq's step, at the noise of this update and micro-batch; stages that are due are frozen first."""
         inner = getattr(self, "_quant_model", None)
         if inner is not None and api.recipe_of(inner) is not None:
-            due = [name for name, (unit, at) in self._boundaries.items() if unit == "update" and update_num >= at]
+            due = [name for name, (unit, at) in self.boundaries.items() if unit == "update" and update_num >= at]
             if self._freeze_due(due, f"update {update_num}"):
                 self._measure()
+            if self._fresh and update_num and not optimizer.get_lr():  # update 0 may be a warm-up's
+                logger.warning(
+                    "update %d: frozen at a learning rate of 0, so nothing is trained after: stages %s",
+                    update_num, ", ".join(self._fresh),
+                )  # fmt: skip
+            self._fresh = ()
             last, micro = self._micro
             self._micro = (update_num, micro + 1 if last == update_num else 0)
             api.set_update(inner, update_num, self._micro[1])
@@ -118,10 +143,10 @@ class QuantisedTask:
     def _config(self) -> Any:
         return getattr(self, "cfg", None) or getattr(self, "args", None)
 
-    def _freeze_due(self, stages: Sequence[str], when: str) -> bool:
+    def _freeze_due(self, due: Sequence[str], when: str) -> bool:
         """Freeze those of the stages that are not frozen yet; whether there were any."""
         frozen = False
-        for stage in stages:
+        for stage in due:
             views = [view for view in views_of(self._quant_model) if view.rule.stage == stage and view.phase != FROZEN]
             if views:
                 bar = _bar(f"{when}: freezing stage {stage}")
@@ -132,77 +157,55 @@ class QuantisedTask:
                     when, stage, len(reports), sum(r.seconds for r in reports), worst.error, worst.name,
                 )  # fmt: skip
                 frozen = True
+                self._fresh += (stage,)
+                stages.forget_best()  # scores of before do not compare, nor does one that a checkpoint brought along
         return frozen
 
     def _measure(self) -> None:
         self._figures = api.figures(self._quant_model)
 
 
-def _boundaries(recipe: Recipe, config: Any) -> dict[str, tuple[str, int]]:
-    """stage -> (unit, number) at which it is frozen: from the options, else from the recipe; {} freezes nothing."""
-    names = [stage.name for stage in recipe.stages]
-    given = {unit: getattr(config, f"quant_stage_{unit}s", None) for unit in ("update", "epoch")}
-    if given["update"] and given["epoch"]:
-        raise RecipeError("--quant-stage-updates and --quant-stage-epochs: give one of the two")
-    for unit, text in given.items():
-        if text:
-            option = f"--quant-stage-{unit}s"
-            try:
-                numbers = [int(part) for part in str(text).strip("[]").split(",")]
-            except ValueError:
-                raise RecipeError(f"{option}: expected numbers separated by commas, found {text!r}") from None
-            if len(numbers) != len(names) or numbers != sorted(numbers):
-                raise RecipeError(
-                    f"{option}: expected {len(names)} rising numbers, for stages {names}, found {numbers}"
-                )
-            return {name: (unit, number) for name, number in zip(names, numbers, strict=True)}
-    own = {s.name: ("update", s.update) if s.update is not None else ("epoch", s.epoch) for s in recipe.stages}
-    return {name: at for name, at in own.items() if at[1] is not None}
-
-
-def _elsewhere(cfg: Any, option: str) -> Any:
-    """An option of another group, from the whole configuration; None where the task's own stands alone.
-
-    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for True.
-    """
-    parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None
-    return None if parent is None else OmegaConf.select(parent, option)
-
-
 def _refuse_unsupported(cfg: Any) -> None:
     """What the views cannot live with."""
-    if _elsewhere(cfg, "ema.store_ema"):
+    if elsewhere(cfg, "ema.store_ema"):
         raise UnsupportedError(
             "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes means nothing. "
             "Train without --store-ema"
         )
-    if _elsewhere(cfg, "distributed_training.ddp_backend") == "fully_sharded":
+    if elsewhere(cfg, "distributed_training.ddp_backend") == "fully_sharded":
         raise UnsupportedError(
             "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d"
         )
-    if _elsewhere(cfg, "common.quantization_config_path"):
+    if elsewhere(cfg, "common.quantization_config_path"):
         raise UnsupportedError(
             "--quantization-config-path: fairseq's quantiser replaces the layers that views read; "
             "give that file as --quant-recipe"
         )
 
 
+def _refuse_undone(cfg: Any, config: Any) -> None:
+    """What is asked for and would not be done: fairseq's own models take no recipe, and without one there are no stages."""
+    name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+    cls = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    asked = [key for key in ("quant_recipe", *UPSTREAM_NOISE) if getattr(cfg, key, None) or getattr(config, key, None)]
+    if asked and cls is not None and not issubclass(cls, QuantisedModel):
+        raise UnsupportedError(
+            f"--{asked[0].replace('_', '-')}: {cls.__name__} is fairseq's own, which takes no recipe, freezes no stage, and "
+            f"whose noise leaves zeros in the weights; use the qn_ architecture: --arch qn_{name}"
+        )
+    default = QuantisedTaskConfig()
+    for key in ("quant_stage_updates", "quant_stage_epochs", "quant_iterations") if not asked else ():
+        if getattr(config, key, None) not in (None, "", getattr(default, key)):
+            raise RecipeError(
+                f"--{key.replace('_', '-')}: there is no recipe, so nothing would be frozen; add --quant-recipe FILE"
+            )
+
+
 def _warn_of_sending(cfg: Any) -> None:
     """With several ranks fairseq has the first send the checkpoint to the others, with objects that safe loading refuses."""
-    alone = (_elsewhere(cfg, "distributed_training.distributed_world_size") or 1) == 1
-    if not alone and not _elsewhere(cfg, "checkpoint.load_checkpoint_on_all_dp_ranks"):
+    alone = (elsewhere(cfg, "distributed_training.distributed_world_size") or 1) == 1
+    if not alone and not elsewhere(cfg, "checkpoint.load_checkpoint_on_all_dp_ranks"):
         logger.warning("add --load-checkpoint-on-all-dp-ranks: without it torch >= 2.6 cannot resume on several ranks")
-
-
-def _warn_of_late(boundaries: dict[str, tuple[str, int]], cfg: Any) -> None:
-    """A stage is frozen at the beginning of the update or epoch that follows its number, if there is one."""
-    last = {"update": _elsewhere(cfg, "optimization.max_update") or 0, "epoch": _elsewhere(cfg, "optimization.max_epoch") or 0}
-    for stage, (unit, at) in boundaries.items():
-        if 0 < last[unit] < at + (unit == "update"):
-            logger.warning(
-                "stage %s: %s %d is not before the end of training (--max-%s %d), which leaves it unfrozen; "
-                "`fairseq-qn compress` will freeze it without any training after", stage, unit, at, unit, last[unit]
-            )  # fmt: skip
 
 
 def _bar(title: str) -> Any:

@@ -136,8 +136,8 @@ def train(folder: Path, *parts: Any, watch: Callable[[Any], None] | None = None)
             if watch is not None:
                 watch(self)
 
-    # fairseq keeps the best score in an attribute of a function
-    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    for function in (checkpoint_utils.save_checkpoint, fairseq_train.should_stop_early):
+        vars(function).pop("best", None)  # fairseq keeps the best scores in attributes of functions
     original, fairseq_train.Trainer = fairseq_train.Trainer, Watched
     try:
         with listening(run.lines):

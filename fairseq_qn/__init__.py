@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 
-from fairseq_qn.api import apply, figures, freeze, inspect, load, predict_size, refresh, save, set_update
+from fairseq_qn.api import apply, figures, follow, freeze, inspect, load, predict_size, refresh, save, set_update
 from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
+__all__ = ["Recipe", "apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
 if find_spec("fairseq") is not None:
     disabled = logging.root.manager.disable

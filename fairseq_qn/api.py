@@ -14,34 +14,40 @@ from torch import Tensor, nn
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
 from fairseq_qn.modules import export
-from fairseq_qn.modules.clock import Clock, follow
+from fairseq_qn.modules.clock import Clock, track
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
-from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_views
+from fairseq_qn.modules.follow import follow
+from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
 from fairseq_qn.modules.match import Coverage, Match, match
-from fairseq_qn.modules.view import CODED, FROZEN, WeightView, install, views_of
+from fairseq_qn.modules.view import FROZEN, WeightView, install, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
-__all__ = ["apply", "figures", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
+__all__ = ["apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
 Builder = Callable[[dict[str, Any], dict[str, bytes]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}
 
 
 def apply(
-    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path, *, seed: int = 0, strict: bool = True
+    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path, *, seed: int | None = None, strict: bool = True
 ) -> Coverage:
     """Install weight views on the layers that the recipe names, in place.
 
-    Applying the same recipe again covers layers that the model has gained since. Nothing changes if an error is raised:
-    RecipeError, NoLayerMatched (unless not `strict`), BlockSizeError, or UnsupportedError where other views are in place.
+    Applying the same recipe again covers layers that the model has gained since; to a model of whose parts some carry its
+    views already, it takes these over. seed: of the noise and of k-means; by default torch's, so that torch.manual_seed
+    makes a run repeat itself. Nothing changes if an error is raised: RecipeError, NoLayerMatched (unless not `strict`),
+    BlockSizeError, or UnsupportedError where views of another recipe are in place, or a weight cannot carry one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    before = recipe_of(model)
-    if before is not None and before != recipe:
-        raise UnsupportedError("apply: the model carries the views of another recipe; build it anew")
+    clocks = [module.__dict__["_qn_clock"] for module in model.modules() if "_qn_clock" in module.__dict__]
+    if any(clock.recipe != recipe for clock in clocks):
+        raise UnsupportedError(
+            "apply: the model, a part of it or one that it is a part of carries the views of another recipe; build it anew"
+        )
     matches, coverage = match(model, recipe, strict=strict)
-    clock = model._qn_clock if before is not None else Clock(seed)
+    known = "_qn_clock" in model.__dict__
+    clock = clocks[0] if clocks else Clock(torch.initial_seed() if seed is None else seed, recipe)
     views = [_view_of(m) for m in matches]
     made: list[WeightView] = []
     try:
@@ -60,9 +66,12 @@ def apply(
             install(owner.module, owner.attribute, view)
             if owner.module is view.home:
                 view.keys = owner.keys
-    if before is None:
-        model._qn_clock, model._qn_recipe = clock, recipe
-        follow(model, clock)
+                if not known:  # its parts may have named their layers alike
+                    view.name = owner.key
+    for view in views_of(model):
+        view.clock = clock
+    track(model, clock)
+    model._qn_recipe = recipe
     return coverage
 
 
@@ -100,18 +109,15 @@ def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[Layer
 
 
 def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
-    """Say which update and micro-batch the noise belongs to: the same numbers draw the same masks.
+    """Say which update and micro-batch the noise belongs to, from now on: the same numbers draw the same masks.
 
+    Without it, or `follow`, each pass is an update.
     Exact noise whose `refresh` is a number of updates is refreshed here, at the first micro-batch of its updates.
     """
     views = list(views_of(model))
     for clock in {id(view.clock): view.clock for view in views}.values():
         clock.pin(n, micro)
-    exact = [view for view in views if view.needs_codes and view.phase != FROZEN]
-    due = [
-        v for v in exact if v.phase != CODED or (micro == 0 and v.noise.refresh != "epoch" and n % v.noise.refresh == 0)
-    ]
-    refresh_views(due)
+    refresh_due(views, n, micro)
 
 
 def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Sequence[str] = (),

@@ -72,13 +72,15 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
             raise UnsupportedError(f"save: drop: the model has no module {name!r}")
     dropped = tuple(f"{name}." for name in drop)
     by_parameter = {id(view.weight): view for view in views_of(model)}
-    views, ties = {}, []
+    views, ties, buffers = {}, [], set()
     for owners in owners_of(model):
         keys = [key for owner in owners for key in owner.keys if not key.startswith(dropped)]
         view = by_parameter.get(id(owners[0].module._parameters[owners[0].attribute]))
         if view is not None and keys:
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
+            stems = [key[: -len(view.attribute)] for owner in owners if owner.module is view.home for key in owner.keys]
+            buffers |= {stem + name for stem in stems for name in view.buffer_names}
         if len(keys) > 1:
             ties.append(keys)
     source, files = _source(model, source, assets)
@@ -88,8 +90,7 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
         "dropped": list(drop), "source": source, "assets": {name: entry for name, (entry, _) in packed.items()},
     }  # fmt: skip
-    skip = {*views, *(other for _, *others in ties for other in others)}
-    skip |= {key for view in views_of(model) for key in view.buffer_keys}
+    skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
     return Plan(content, views, dense, {name: tensor for name, (_, tensor) in packed.items()})

@@ -62,6 +62,16 @@ def refresh_views(
     return reports
 
 
+def refresh_due(views: Sequence[WeightView], update: int, micro: int = 0) -> None:
+    """Learn what exact noise lacks, and at the first micro-batch of an update what its `refresh` says is due."""
+    refresh_views(
+        [
+            v for v in views if v.phase != CODED
+            or (micro == 0 and v.noise.refresh != "epoch" and update % v.noise.refresh == 0)
+        ]
+    )  # fmt: skip
+
+
 def distortion(view: WeightView) -> float:
     """||W - W'||^2 / ||W||^2 of a view under its present codes or integers."""
     weight = view.weight.detach()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
-from fairseq_qn.modules.clock import Clock
+from fairseq_qn.modules.clock import Clock, Time
 from fairseq_qn.quant import integer, noise, product
 from fairseq_qn.quant.blocks import check_block_size, codes_shape
 from fairseq_qn.recipe import Noise, Rule
@@ -57,6 +57,8 @@ class WeightView:
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
+        self._seen: tuple[Time | None, int] = (None, 0)  # the last pass that drew noise, and the weight's version then
+        self._watched = False
         if rule.scheme == "product":  # raises before anything is registered
             check_block_size(weight.shape, rule.block_size, name)
         else:
@@ -69,6 +71,10 @@ class WeightView:
             dtype = product.codes_dtype(self.n_centroids)
             codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
             home.register_buffer(f"{self.prefix}codes", codes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
+        return {**self.__dict__, "_cache": {}, "_seen": (None, 0), "_watched": False}
 
     # -- state
 
@@ -128,7 +134,7 @@ class WeightView:
         value and its gradient are computed once. Elsewhere, and where nothing is differentiated, each read is new.
         """
         shared = self.readers > 1 or len(self.keys) > 1
-        values = self.clock.values if shared and torch.is_grad_enabled() else None
+        values = self.clock.shared() if shared and torch.is_grad_enabled() else None
         if values is None:
             return self._value(weight, training)
         kept = values.get(self.name)
@@ -142,9 +148,42 @@ class WeightView:
                 project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
                 return _Read.apply(weight, project, project)
             return _Read.apply(weight, self.quantized, None)
-        noisy = training and self._noise_kind != "none" and self.clock.started
-        p = self.noise.at(self.clock.update) if noisy else 0.0
-        return _Read.apply(weight, partial(self._noised, p=p), None) if p > 0 else weight
+        if not training or self._noise_kind == "none":
+            return weight
+        if not self.clock.started:
+            self._watch(weight)
+            return weight
+        at = self.clock.time()
+        p = self.noise.at(at[0])
+        if p == 0:
+            return weight
+        return _Read.apply(weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None)
+
+    def _is_stale(self, weight: Tensor, at: Time) -> bool:
+        """Whether a read outside of any call draws a mask that served before the last step: no call moves it on."""
+        clock = self.clock
+        if clock.pinned or clock.stepped:
+            return False
+        if clock.outer is None and self._seen[0] == at:
+            return self._seen[1] != weight._version
+        self._seen = (at, weight._version)
+        return False
+
+    def _watch(self, weight: Tensor) -> None:
+        """Let a gradient that comes of reads without any call raise."""
+        if torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and not self._watched:
+            self._watched = True
+            weight.register_post_accumulate_grad_hook(self._gradient_came)
+
+    def _gradient_came(self, weight: Tensor) -> None:
+        if not self.clock.started and self.home.training:
+            self._untimed()
+
+    def _untimed(self, *_: Tensor) -> None:
+        raise ViewError(
+            f"{self.name}: trained by reads outside of any module's call, whose noise nothing moves on; call the module that "
+            "reads it, not its forward, or fairseq_qn.follow(model, optimizer), or fairseq_qn.set_update(model, n)"
+        )
 
     def quantized(self, weight: Tensor) -> Tensor:
         """phi(weight) of the scheme: exact, without noise. Product: by the present codes."""
@@ -163,15 +202,14 @@ class WeightView:
         """Exact noise draws on codes, which have to be learned first and refreshed."""
         return self.rule.scheme == "product" and self.noise.kind == "exact"
 
-    def _noised(self, weight: Tensor, p: float) -> Tensor:
+    def _noised(self, weight: Tensor, p: float, at: Time) -> Tensor:
         if self.needs_codes and self.phase == FLOAT:
             raise ViewError(
                 f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first"
             )
         if self._noise_kind == "exact" and noise.is_certain(p):
             return self.quantized(weight)
-        clock, block_size = self.clock, self.rule.block_size
-        seed = noise.seed_of(clock.seed, clock.update, clock.micro, clock.rank, self.name)
+        seed, block_size = noise.seed_of(self.clock.seed, *at, self.clock.rank, self.name), self.rule.block_size
         if self.rule.scheme == "integer":
             masks, rule = noise.draws(weight.numel(), p, seed, weight.device), self.rule
             return integer.fake_quantize_some(weight, masks, rule.bits, rule.granularity, rule.group_size, self.name)

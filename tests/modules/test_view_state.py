@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,8 +204,56 @@ def test_apply_again_covers_what_was_added_and_leaves_the_rest() -> None:
     assert [view.phase == FROZEN for view in views_of(model)] == [True, False]
     assert torch.equal(model[0].codes, codes)
     assert len({id(view.clock) for view in views_of(model)}) == 1
-    with pytest.raises(UnsupportedError, match="^apply: the model carries the views of another recipe"):
+    with pytest.raises(UnsupportedError, match="^apply: the model, a part of it .* carries the views of another recipe"):
         fairseq_qn.apply(model, rules({"layers": "0"}))
+
+
+def nested() -> nn.Module:
+    return nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("first", ["part", "whole", "whole, which leaves the part alone"])
+def test_apply_to_a_part_and_its_whole_with_other_recipes(first: str) -> None:
+    model = nested()
+    one, other = rules({"layers": "2" if "alone" in first else ".*"}), rules({"layers": ".*", "block_size": 2})
+    targets = [model[0], model] if first == "part" else [model, model[0]]
+    fairseq_qn.apply(targets[0], one)
+    keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(UnsupportedError, match="^apply: .* carries the views of another recipe; build it anew"):
+        fairseq_qn.apply(targets[1], other)
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == kinds
+
+
+def test_apply_to_parts_and_then_their_whole_with_one_recipe() -> None:
+    """One clock, and names that tell the parts' layers apart; a file of the whole or of a part is right."""
+    model, data = nested(), rules({"layers": ".*"}) | {"noise": {"kind": "proxy", "p": 0.5}}
+    for part in (model[0], model[1]):
+        fairseq_qn.apply(part, data)
+    fairseq_qn.apply(model, data)
+    views = list(views_of(model))
+    assert [view.name for view in views] == ["0.0.weight", "1.0.weight", "2.weight"]
+    assert len({id(view.clock) for view in views}) == 1
+    model.train()(torch.zeros(1, 8))
+    assert views[0].clock.update == 1
+    masks = [view.home.weight.eq(0) for view in views]
+    assert not torch.equal(masks[0], masks[1])
+    fairseq_qn.apply(model[0], data)
+    assert [view.name for view in views_of(model)] == ["0.0.weight", "1.0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("last", ["part", "whole"])
+def test_files_of_a_part_and_of_its_whole(last: str, tmp_path: Path) -> None:
+    model, data = nested().eval(), rules({"layers": ".*"})
+    for target in [model, model[0]] if last == "part" else [model[0], model]:
+        fairseq_qn.apply(target, data)
+    fairseq_qn.freeze(model)
+    x = torch.ones(1, 8)
+    for target, fresh in ((model, nested()), (model[0], nested()[0])):
+        if target is model[0] and last == "whole" or target is model and last == "part":
+            fairseq_qn.apply(target, data)
+        fairseq_qn.save(target, tmp_path / "f.qn.safetensors", parts="float32")
+        found = fairseq_qn.load(tmp_path / "f.qn.safetensors", model=fresh)
+        torch.testing.assert_close(found(x), target(x))
 
 
 @pytest.mark.parametrize("name", ["after", "a_first"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
@@ -19,6 +21,7 @@ from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_
 from fairseq_qn.modules.follow import follow
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
 from fairseq_qn.modules.match import Coverage, Match, match
+from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.view import FROZEN, WeightView, install, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
@@ -80,20 +83,28 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     return model.__dict__.get("_qn_recipe")
 
 
-def freeze(
-    model: nn.Module, stage: str | None = None, *, iterations: int = 20, progress: Progress | None = None
-) -> list[LayerReport]:
+def freeze(model: nn.Module, stage: str | None = None, *, iterations: int = 20, progress: Progress | None = None,
+           optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[LayerReport]:  # fmt: skip
     """Quantise the layers of one stage, or all that are left, and keep training or evaluate them quantised.
 
     The dense Parameters stay; product codes are fixed and codebooks follow the Parameters. Returns a report per layer.
+    optimizer: what trains on, one of torch's or several. A codeword's gradient is the mean of many blocks' and so smaller
+    than Adam remembers: its moments become those of the codewords. Other optimizers are left alone, with a warning.
     Raises RecipeError for an unknown stage, NonFiniteWeight (before anything is changed), UnsupportedError.
     """
     recipe = _applied(model, "freeze")
     names = [s.name for s in recipe.stages]
     if stage is not None and stage not in names:
         raise RecipeError(f"freeze: stage: expected one of {names}, found {stage!r}")
-    views = [view for view in views_of(model) if stage in (None, view.rule.stage)]
-    return freeze_views(views, iterations=iterations, progress=progress)
+    optimizers = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if strange := [type(o).__name__ for o in optimizers if not isinstance(o, Optimizer)]:
+        raise UnsupportedError(f"freeze: optimizer: expected torch.optim.Optimizer, found {', '.join(strange)}")
+    views = [view for view in views_of(model) if stage in (None, view.rule.stage) and view.phase != FROZEN]
+    reports = freeze_views(views, iterations=iterations, progress=progress)
+    left = project_moments(optimizers, views)[1] if optimizers else ""
+    if left:
+        warnings.warn(f"freeze: {left}", stacklevel=2)
+    return reports
 
 
 def unfrozen(model: nn.Module) -> list[str]:

@@ -1,7 +1,8 @@
 """The iterative-quantisation task, as a mixin over any fairseq task: noise, stages, progress, figures to log.
 
 The stage is read from the model's own buffers, so no counter can skip or repeat one: whatever is due and not frozen yet
-is frozen at the beginning of the epoch or update, by the same rule on resume. Optimizer and schedule are not touched.
+is frozen at the beginning of the epoch or update, by the same rule on resume. The schedule is not touched, of the optimizer
+only Adam's moments of what is frozen: before the next step, and so before any checkpoint that holds the stage as frozen.
 """
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
@@ -21,9 +22,11 @@ from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
 from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel, elsewhere, remember
 from fairseq_qn.modules.freeze import refresh_views
+from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.tasks import stages
+from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +47,19 @@ class QuantisedTaskConfig(FairseqDataclass):
         default=None, metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"}
     )
     quant_iterations: int = field(default=20, metadata={"help": "iterations of k-means when a stage is frozen"})
+    quant_keep_moments: bool = field(
+        default=False, metadata={"help": "leave Adam's moments as they are when a stage is frozen: codewords move less"}
+    )
 
 
 class QuantisedTask:
     """Mixin for a fairseq task class, before it in the bases."""
 
     boundaries: stages.Boundaries = {}  # when training freezes each stage
-    _fresh: tuple[str, ...] = ()  # stages that were frozen since the last step
+    _fresh: tuple[WeightView, ...] = ()  # frozen since the last step
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
     _micro: tuple[int, int] = (-1, 0)  # the last (update, micro-batch); an update that overflows in fp16 is tried again
+    _said: bool = False  # that the optimizer keeps no moments of Adam
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
@@ -127,8 +134,9 @@ class QuantisedTask:
             if self._fresh and update_num and not optimizer.get_lr():  # update 0 may be a warm-up's
                 logger.warning(
                     "update %d: frozen at a learning rate of 0, so nothing is trained after: stages %s",
-                    update_num, ", ".join(self._fresh),
+                    update_num, ", ".join(dict.fromkeys(view.rule.stage for view in self._fresh)),
                 )  # fmt: skip
+            self._project_moments(optimizer)
             self._fresh = ()
             last, micro = self._micro
             self._micro = (update_num, micro + 1 if last == update_num else 0)
@@ -157,9 +165,19 @@ class QuantisedTask:
                     when, stage, len(reports), sum(r.seconds for r in reports), worst.error, worst.name,
                 )  # fmt: skip
                 frozen = True
-                self._fresh += (stage,)
+                self._fresh += (*views,)
                 stages.forget_best()  # scores of before do not compare, nor does one that a checkpoint brought along
         return frozen
+
+    def _project_moments(self, optimizer: Any) -> None:
+        """Adam's moments of what was frozen since the last step become those of the codewords."""
+        if self._fresh and not self._config.quant_keep_moments:
+            done, left = project_moments(torch_optimizers(optimizer), self._fresh, masters_of(optimizer))
+            if done:
+                logger.info("moments of Adam projected onto the clusters of %d layers", len(done))
+            if left and not self._said:
+                logger.warning("%s", left)
+                self._said = True
 
     def _measure(self) -> None:
         self._figures = api.figures(self._quant_model)

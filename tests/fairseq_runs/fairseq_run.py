@@ -25,6 +25,8 @@ from fairseq_cli import generate as fairseq_generate
 from fairseq_cli import train as fairseq_train
 from torch import Tensor
 
+from fairseq_qn.modules.view import WeightView
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "fairseq_qn"
 BIN = Path(sys.executable).parent
@@ -237,6 +239,13 @@ def differing(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, Sequence) and isinstance(b, Sequence) and not isinstance(a, str) and len(a) == len(b):
         return [w for i, (x, y) in enumerate(zip(a, b)) for w in differing(x, y, f"{where}[{i}]")]
     return [] if a == b else [where]
+
+
+def together(values: Tensor, view: WeightView) -> bool:
+    """Whether all blocks of each codeword hold the same values, to the bit; the pad row aside."""
+    kept = torch.arange(len(values)) != (-1 if view.padding_idx is None else view.padding_idx)
+    codes, blocks = view.codes[kept].flatten(), values[kept].reshape(-1, view.rule.block_size)
+    return all(bool((blocks[codes == code] == blocks[codes == code][0]).all()) for code in codes.unique())
 
 
 def sentences(n: int, seed: int) -> list[str]:

@@ -1,7 +1,7 @@
 """The fp16 path, as far as a CPU can show it: fairseq's two fp16 optimizers over a model in half precision.
 
-Plain `--fp16` asks for a CUDA device in order to flatten its fp32 master weights, so it runs here with
-`--fp16-no-flatten-grads`; `--memory-efficient-fp16` has no masters.
+Plain `--fp16` asks for a CUDA device in order to flatten its fp32 master weights, so it mostly runs here with
+`--fp16-no-flatten-grads`, and once with that device feigned; `--memory-efficient-fp16` has no masters.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import EACH, MLM, Run, differing, recipe, train, write_recipe
+from fairseq_run import EACH, MLM, Run, differing, recipe, together, train, write_recipe
 
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.quant import product
+from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 STAGED = {"--quant-stage-updates": "2,3,6", "--max-update": 9, "--update-freq": 2}
 MASTERS = {"--fp16": None, "--fp16-no-flatten-grads": None, "--fp16-init-scale": 4}
@@ -57,6 +58,33 @@ def test_masters_move_the_codebooks(runs: tuple[Run, Run]) -> None:
         codebook = product.codebook_of(view.weight.float(), view.groups, view.rule.block_size)
         expected = product.decode(view.codes, codebook, view.weight.shape, view.padding_idx).half()
         assert view.home.weight.equal(expected)
+
+
+MODES = {
+    "fp32": {},
+    "masters": MASTERS,
+    "one flat master": {"--fp16": None, "--fp16-init-scale": 4},
+    "none": {"--fp16": None, "--memory-efficient-fp16": None, "--fp16-init-scale": 4},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_moments_of_frozen_layers_are_those_of_codewords(mode: str, data, tmp_path: Path, monkeypatch) -> None:
+    """All blocks of a codeword share their moments, wherever those are; and masters move together in every block."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where the masters are flattened to: the CPU
+    path = write_recipe(tmp_path / "r.yaml", recipe())
+    run = train(tmp_path, data.lm, MLM, MODES[mode], {"--quant-recipe": path, "--quant-stage-updates": "2,3,9"},
+                {"--max-update": 6})  # fmt: skip
+    wrapper, (adam,) = run.trainer.optimizer, torch_optimizers(run.trainer.optimizer)
+    placed = masters_of(wrapper)
+    masters = {"masters": len(placed), "one flat master": 1}
+    assert len({id(master) for master, _ in placed.values()}) == masters.get(mode, 0)
+    for view in views_of(run.model):
+        master, offset = placed.get(view.weight, (view.weight, 0))
+        for key, own in adam.state[master].items():
+            if key.startswith("exp_avg"):
+                moment = own.flatten()[offset : offset + view.weight.numel()].view(view.weight.shape)
+                assert moment.any() and together(moment, view) == (view.phase == FROZEN), view.name
 
 
 def test_resume_with_overflows_is_bit_identical(data, tmp_path: Path, monkeypatch) -> None:

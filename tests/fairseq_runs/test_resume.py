@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import EACH, MLM, PLUGIN, ROOT, Run, arguments, differing, recipe, train, write_recipe
+from fairseq_run import EACH, MLM, PLUGIN, ROOT, Run, arguments, differing, recipe, together, train, write_recipe
 
-LAST = 9  # updates; an epoch has 7 at --update-freq 2
+from fairseq_qn.modules.view import views_of
+
+LAST = 10  # updates; an epoch has 8 at --update-freq 2
 NOISES = {
     "proxy": {"kind": "proxy", "p": 0.2},
     "exact, refreshed each epoch": {"kind": "exact", "p": 0.2, "refresh": "epoch"},
@@ -58,6 +60,19 @@ def test_resumed_from_any_update(straight: tuple[Run, list[str]], tmp_path: Path
         assert losses[1] == losses[0][update:], f"the losses after a resume at {update}"
         wrong[update] = differing(expected, kept(resumed.state()))
     assert wrong == {update: [] for update in range(1, LAST)}
+
+
+def test_moments_became_those_of_codewords_at_each_freeze(straight: tuple[Run, list[str]]) -> None:
+    """So that the resumes above cross it: from the update of the freeze on a codeword's blocks share Adam's moments."""
+    run, words = straight
+    by_epoch = "--quant-stage-epochs" in words
+    frozen = {"ffn": 0 if by_epoch else 3, "emb": 8 if by_epoch else 4, "attn": 8 if by_epoch else 7}
+    positions = {id(parameter): i for i, parameter in enumerate(run.model.parameters())}
+    for update in range(1, LAST + 1):
+        moments = run.at(update)["last_optimizer_state"]["state"]
+        for view in views_of(run.model):
+            shared = together(moments[positions[id(view.weight)]]["exp_avg_sq"], view)
+            assert shared == (update > frozen[view.rule.stage]), (update, view.name)
 
 
 def test_the_comparison_sees_a_difference(straight: tuple[Run, list[str]]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fairseq_run import EACH, MLM, STAGES, Run, recipe, train, write_recipe
+from fairseq_run import EACH, MLM, STAGES, Run, recipe, together, train, write_recipe
+from torch import Tensor
 
 from fairseq_qn.errors import QNError
 from fairseq_qn.modules.view import FROZEN, views_of
+from fairseq_qn.quant import product
 
 UPDATES = {"--quant-stage-updates": "3,4,8", "--max-update": 11}
 
@@ -59,14 +61,50 @@ def test_codes_of_a_frozen_stage_never_change(staged: Run) -> None:
         assert staged.at(4)["model"][key].max() > 0
 
 
+def second_moments(run: Run, update: int) -> dict[str, Tensor]:
+    """exp_avg_sq of each Parameter, by name, in the checkpoint after an update."""
+    state = run.at(update)["last_optimizer_state"]["state"]
+    return {name: state[i]["exp_avg_sq"] for i, (name, _) in enumerate(run.model.named_parameters())}
+
+
+def held_back(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Parameters whose second moment is not Adam's next: v' = 0.999 v + 0.001 g^2 >= 0.999 v; a reset one is 0.001 g^2."""
+    return {name for name, v in before.items() if not bool((after[name] >= 0.99899 * v).all())}
+
+
 def test_optimizer_runs_through(staged: Run) -> None:
+    """Of what is frozen after update 8 the moments become those of the codewords, and go on from there; the rest goes on."""
     for update in range(1, 12):
         state = staged.at(update)["last_optimizer_state"]["state"]
         assert {int(parameter["step"]) for parameter in state.values()} == {update}
-    before, after = staged.at(8)["last_optimizer_state"]["state"], staged.at(9)["last_optimizer_state"]["state"]
-    # Adam: v' = 0.999 v + 0.001 g^2 >= 0.999 v; after a reset it would be 0.001 g^2
-    assert all(bool((after[i]["exp_avg_sq"] >= 0.99899 * before[i]["exp_avg_sq"]).all()) for i in before)
-    assert sum(float(before[i]["exp_avg_sq"].sum()) for i in before) > 0
+    before, after = second_moments(staged, 8), second_moments(staged, 9)
+    attention = {view.name: view for view in views_of(staged.model) if view.rule.stage == "attn"}
+    assert held_back(before, after) == {*attention} and len(attention) == 8
+    for name, view in attention.items():
+        sizes = view.groups.counts[view.codes.long()].repeat_interleave(view.rule.block_size, 1)
+        before[name] = product.project(before[name], view.groups, view.rule.block_size) / sizes
+    assert held_back(before, after) == set()
+    assert sum(float(v.sum()) for v in before.values()) > 0
+    for name, view in attention.items():
+        assert [together(second_moments(staged, update)[name], view) for update in (8, 9, 11)] == [False, True, True]
+
+
+def test_moments_can_be_kept(data, tmp_path: Path) -> None:
+    options = {**UPDATES, "--max-update": 9, "--quant-keep-moments": None}
+    run = train(
+        tmp_path, data.lm, MLM, EACH, options, {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
+    )
+    assert held_back(second_moments(run, 8), second_moments(run, 9)) == set()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nag", "adafactor"])
+def test_other_optimizers_are_left_alone_and_it_is_said_once(optimizer: str, data, tmp_path: Path) -> None:
+    options = {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()), "--optimizer": optimizer}
+    run = train(tmp_path, data.lm, MLM, options, {"--quant-stage-updates": "1,2,3", "--max-update": 4})
+    assert all(view.phase == FROZEN for view in views_of(run.model))
+    said = [text for name, text in run.lines if "no moments of Adam" in text]
+    assert len(said) == 1 and said[0].lower().startswith(optimizer) and "4 frozen layers" in said[0]
+    assert not any("moments of Adam projected" in text for _, text in run.lines)
 
 
 def test_learning_rate_runs_through(staged: Run, plain: Run) -> None:

@@ -13,7 +13,10 @@ _ARGUMENTS = (*native.THREADS, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER)
 
 def usable(levels: Tensor, scale: Tensor) -> bool:
     """Whether the kernel takes these."""
-    return levels.device.type == "cpu" and scale.dtype == torch.float32 and native.library() is not None
+    return (
+        levels.device.type == "cpu" and scale.dtype == torch.float32 and not scale.requires_grad and not native.watched()
+        and native.library() is not None
+    )  # fmt: skip
 
 
 def dequantize(levels: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:

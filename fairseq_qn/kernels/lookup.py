@@ -18,7 +18,7 @@ def usable(codes: Tensor, codebook: Tensor) -> bool:
     """Whether the kernel takes these, converted to fp32."""
     return (
         codes.dtype == torch.uint8 and codes.device.type == "cpu" and codebook.dtype in _DTYPES
-        and codebook.shape[1] <= LARGEST and native.library() is not None
+        and codebook.shape[1] <= LARGEST and not codebook.requires_grad and not native.watched() and native.library() is not None
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 THREADS = (POINTER, INT)  # the first two arguments of a kernel that shares its work out: `threads()`
@@ -49,6 +50,16 @@ def _fork() -> int | None:
 def threads() -> tuple[int | None, int]:
     """What a kernel runs on: torch's OpenMP pool, and as many of its threads as torch uses."""
     return _fork(), torch.get_num_threads()
+
+
+def watched() -> bool:
+    """Whether torch records or transforms what is computed now (trace, compile, export, torch.func, forward-mode gradients, a
+    dispatch mode): it would not see what a kernel writes through a pointer.
+    """
+    return (
+        torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )  # fmt: skip
 
 
 _LOCAL = threading.local()

@@ -141,6 +141,5 @@ def _learn(view: WeightView, iterations: int) -> float:
         seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
     )  # fmt: skip
     view.codes.copy_(codes)
-    lost = 0.0 if pad is None else float(weight[pad].double().square().sum())  # the pad row reads as zeros
-    total = clusters.energy + lost
-    return (clusters.objective + lost) / total if total > 0 else 0.0
+    total = clusters.energy + (0.0 if pad is None else float(weight[pad].double().square().sum()))  # the pad row is exact
+    return clusters.objective / total if total > 0 else 0.0

@@ -3,6 +3,9 @@
 The codebook of a frozen weight is the mean of the blocks that share a code, so that the decoded weight is a projection of
 the dense one: linear, idempotent and its own transpose. Its gradient is therefore the same function of the incoming
 gradient, and a step of SGD moves each codeword by the mean of its blocks' gradients (Fan et al. 2020, section 3.2).
+
+The pad row of an Embedding belongs to no code and stays dense: look-ups do not learn from it, but a softmax that is tied to
+the table reads it, and has trained it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_qn.kernels import native
 from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
 from fairseq_qn.quant.kmeans import Clusters, kmeans, nearest
 
@@ -81,10 +85,12 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     return (sums / groups.counts.clamp(min=1).unsqueeze(1)).to(blocks.dtype)
 
 
-def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None) -> Tensor:
-    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; the pad row is zero."""
+def decode(
+    codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None, pad: Tensor | None = None
+) -> Tensor:
+    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; its row padding_idx is `pad`, or zero."""
     codes = codes.reshape(-1)
-    if codebook.requires_grad:
+    if codebook.requires_grad or native.watched():
         blocks = F.embedding(codes.int(), codebook)
     else:  # the same, without all codes in int32 at once
         blocks = codebook.new_empty(len(codes), codebook.shape[1])
@@ -92,23 +98,22 @@ def decode(codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: i
             torch.index_select(codebook, 0, chosen.int(), out=part)
     weight = from_blocks(blocks, shape)
     if padding_idx is not None:
-        weight[padding_idx] = 0
+        weight[padding_idx] = 0 if pad is None else pad
     return weight
 
 
 def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
-    """Replace each block by the mean of the blocks that share its code; same shape and dtype, pad row zero."""
-    codebook = codebook_of(weight, groups, block_size)
-    return decode(groups.codes, codebook, weight.shape, groups.padding_idx).to(weight.dtype)
+    """Replace each block by the mean of the blocks that share its code; same shape and dtype. The pad row stays as it is."""
+    codebook, pad = codebook_of(weight, groups, block_size), groups.padding_idx
+    return decode(groups.codes, codebook, weight.shape, pad, None if pad is None else weight[pad]).to(weight.dtype)
 
 
 def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) -> Tensor:
     """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the blocks."""
     hit = mask.nonzero().squeeze(1)
-    blocks = F.embedding(groups.codes[hit].int(), codebook_of(weight, groups, block_size)).to(weight.dtype)
     if groups.padding_idx is not None:
-        columns = len(mask) // len(weight)
-        blocks.masked_fill_((hit.div(columns, rounding_mode="floor") == groups.padding_idx).unsqueeze(1), 0)
+        hit = hit[hit.div(len(mask) // len(weight), rounding_mode="floor") != groups.padding_idx]
+    blocks = F.embedding(groups.codes[hit].int(), codebook_of(weight, groups, block_size)).to(weight.dtype)
     result = weight.clone(memory_format=torch.contiguous_format)
     to_blocks(result, block_size).index_copy_(0, hit, blocks)
     return result

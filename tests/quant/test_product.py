@@ -37,7 +37,7 @@ def project_by_hand(
     result = torch.zeros(weight.shape, dtype=torch.float64)
     for i, block in enumerate(blocks_by_hand(weight, block_size)):
         for t, index in enumerate(block):
-            result[index] = 0 if i // columns == pad else means[flat[i]][t]
+            result[index] = weight[index] if i // columns == pad else means[flat[i]][t]
     return result, means
 
 
@@ -59,9 +59,10 @@ def test_projection_and_codebook_against_a_loop(case: Case, k: int, seed: int, d
         torch.testing.assert_close(codebook[code].double(), mean, rtol=1e-6, atol=tolerance(weight))
     found = product.project(weight, groups, d)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=tolerance(weight))
-    assert torch.equal(product.decode(codes, codebook, weight.shape, pad), found)
+    row = None if pad is None else weight[pad]
+    assert torch.equal(product.decode(codes, codebook, weight.shape, pad, row), found)
     if pad is not None:
-        assert not found[pad].any()
+        assert torch.equal(found[pad], weight[pad]) and not product.decode(codes, codebook, weight.shape, pad)[pad].any()
 
 
 @given(weights_and_block_sizes(), st.integers(1, 9), st.integers(0, 999), st.booleans())
@@ -159,7 +160,7 @@ def test_learned_codes_reconstruct(case: Case, k: int, data: st.DataObject) -> N
         assert not codes[pad].any() and not result[pad].any()
 
 
-def test_a_pad_row_that_is_not_zero_moves_no_codeword_and_reads_as_zero() -> None:
+def test_a_pad_row_that_is_not_zero_moves_no_codeword_and_stays_as_it_is() -> None:
     weight = hostile("normal", (9, 8), 1)
     codes, _ = product.learn(weight, 4, 4, padding_idx=3)
     louder = weight.clone()
@@ -167,7 +168,10 @@ def test_a_pad_row_that_is_not_zero_moves_no_codeword_and_reads_as_zero() -> Non
     codes_louder, _ = product.learn(louder, 4, 4, padding_idx=3)
     assert torch.equal(codes, codes_louder)
     groups = Groups.of(codes, 4, 3)
-    assert torch.equal(product.project(weight, groups, 4), product.project(louder, groups, 4))
+    quiet, loud = product.project(weight, groups, 4), product.project(louder, groups, 4)
+    assert torch.equal(loud[3], louder[3]) and torch.equal(quiet[3], weight[3])
+    loud[3] = quiet[3]
+    assert torch.equal(quiet, loud)
 
 
 def test_a_table_that_is_nothing_but_its_pad_row() -> None:
@@ -175,7 +179,7 @@ def test_a_table_that_is_nothing_but_its_pad_row() -> None:
     codes, clusters = product.learn(weight, 4, 256, padding_idx=0)
     assert product.n_codewords(weight.shape, 4, 256, 0) == 1
     assert not codes.any() and clusters.objective == 0
-    assert not product.project(weight, Groups.of(codes, 1, 0), 4).any()
+    assert torch.equal(product.project(weight, Groups.of(codes, 1, 0), 4), weight)
 
 
 def test_the_seed_decides() -> None:

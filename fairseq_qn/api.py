@@ -207,7 +207,8 @@ class File:
         shape = tuple(entry["shape"])
         try:
             if entry["scheme"] == "product":
-                return ProductWeight(*codec.decode_product(entry, parts), shape, entry["padding_idx"])
+                pad = codec.widened(parts["pad"], entry["pad"]) if "pad" in entry else None
+                return ProductWeight(*codec.decode_product(entry, parts), shape, entry["padding_idx"], pad)
             return IntegerWeight(codec.decode_integer(entry, parts), shape)
         except FormatError as error:
             raise FormatError(f"{self.path}: {name}: {error}") from None

@@ -34,7 +34,7 @@ class SizeReport:
         owner = {
             f"{name}/{part}": name
             for name in manifest["layers"]
-            for part in ("codes", "codebook", "levels", "scale", "zero")
+            for part in ("codes", "codebook", "pad", "levels", "scale", "zero")
         }
         for name, record in manifest["tensors"].items():
             size = prod(record["shape"]) * _BYTES[record["dtype"]]

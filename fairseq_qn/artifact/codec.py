@@ -2,10 +2,12 @@
 
     product   <name>/codes     uint8 [ceil(n_blocks * bits / 8)]    packed at ceil(log2 K) bits
               <name>/codebook  fp16 or fp32 [K, d], times 2^exponent
+              <name>/pad       fp16 or fp32 [embedding_dim], times 2^pad: the pad row, unless it is zero
     integer   <name>/levels    uint8 [ceil(n * bits / 8)]           packed at `bits` bits
               <name>/scale     fp32 [n_ranges]
               <name>/zero      uint8 [n_ranges]
-    dense     <name>           fp16 or fp32, times 2^exponent; what is not floating point as it is
+    dense     <name>           Parameters: fp16 or fp32, times 2^exponent; buffers: fp32, fp64 as it is; what is not
+                               floating point as it is
 
 exponent is 0 unless fp16 would overflow or lose small values; then the values are shifted by a power of two, exactly.
 """
@@ -29,11 +31,13 @@ Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 FLOATS = {"float16": torch.float16, "float32": torch.float32}
 
 
-def product_entry(shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None) -> Entry:
-    """The manifest's record of a product-quantised weight; n_centroids as clipped."""
+def product_entry(
+    shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None, pad: bool = False
+) -> Entry:
+    """The manifest's record of a product-quantised weight; n_centroids as clipped; pad: whether its pad row is stored."""
     return {
         "scheme": "product", "shape": list(shape), "block_size": block_size, "n_centroids": n_centroids,
-        "padding_idx": padding_idx, "exponent": 0,
+        "padding_idx": padding_idx, "exponent": 0, **({"pad": 0} if pad else {}),
     }  # fmt: skip
 
 
@@ -53,7 +57,8 @@ def layout(entry: Entry, dtype: torch.dtype) -> Specs:
     n = prod(entry["shape"])
     if entry["scheme"] == "product":
         d, k = entry["block_size"], entry["n_centroids"]
-        return {"codes": (torch.uint8, (packed_bytes(n // d, code_bits(k)),)), "codebook": (dtype, (k, d))}
+        pad = {"pad": (dtype, (n // entry["shape"][0],))} if "pad" in entry else {}
+        return {"codes": (torch.uint8, (packed_bytes(n // d, code_bits(k)),)), "codebook": (dtype, (k, d)), **pad}
     ranges, _ = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
     return {
         "levels": (torch.uint8, (packed_bytes(n, entry["bits"]),)),
@@ -62,10 +67,15 @@ def layout(entry: Entry, dtype: torch.dtype) -> Specs:
     }
 
 
-def encode_product(entry: Entry, codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parts of a product-quantised weight; sets entry["exponent"]."""
+def encode_product(
+    entry: Entry, codes: Tensor, codebook: Tensor, dtype: torch.dtype, pad: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Parts of a product-quantised weight; sets entry["exponent"], and entry["pad"] where the entry has it."""
     narrow, entry["exponent"] = narrowed(codebook, dtype)
-    return {"codes": pack(codes, code_bits(entry["n_centroids"])), "codebook": narrow}
+    parts = {"codes": pack(codes, code_bits(entry["n_centroids"])), "codebook": narrow}
+    if "pad" in entry:
+        parts["pad"], entry["pad"] = narrowed(pad, dtype)
+    return parts
 
 
 def encode_integer(entry: Entry, integers: Integers) -> dict[str, Tensor]:
@@ -109,7 +119,7 @@ def exponent_of(values: Tensor, dtype: torch.dtype) -> int:
 
 
 def widened(values: Tensor, exponent: int) -> Tensor:
-    """fp32 values of a narrowed tensor; what is not floating point unchanged."""
-    if not values.is_floating_point():
+    """fp32 values of a narrowed tensor; what is not floating point, or fp64, unchanged."""
+    if not values.is_floating_point() or values.dtype == torch.float64:
         return values
     return torch.ldexp(values.float(), torch.tensor(exponent)) if exponent else values.float()

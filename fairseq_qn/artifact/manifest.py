@@ -109,6 +109,8 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
         bounds = {"block_size": (1, MAX_BLOCK_SIZE), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
         padding = entry.get("padding_idx", -1)
         legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
+        if "pad" in entry:
+            bounds["pad"], legal = bounds["exponent"], legal and padding is not None
     elif entry.get("scheme") == "integer":
         bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
     else:

@@ -14,7 +14,7 @@ _ARGUMENTS = (*native.THREADS, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER)
 def usable(levels: Tensor, scale: Tensor) -> bool:
     """Whether the kernel takes these."""
     return (
-        levels.device.type == "cpu" and scale.dtype == torch.float32 and not scale.requires_grad and not native.watched()
+        not native.watched() and levels.device.type == "cpu" and scale.dtype == torch.float32 and not scale.requires_grad
         and native.library() is not None
     )  # fmt: skip
 

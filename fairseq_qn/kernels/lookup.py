@@ -17,8 +17,8 @@ _ARGUMENTS = (*native.THREADS, POINTER, SIZE, POINTER, POINTER, SIZE, INT, POINT
 def usable(codes: Tensor, codebook: Tensor) -> bool:
     """Whether the kernel takes these, converted to fp32."""
     return (
-        codes.dtype == torch.uint8 and codes.device.type == "cpu" and codebook.dtype in _DTYPES
-        and codebook.shape[1] <= LARGEST and not codebook.requires_grad and not native.watched() and native.library() is not None
+        not native.watched() and codes.dtype == torch.uint8 and codes.device.type == "cpu" and codebook.dtype in _DTYPES
+        and codebook.shape[1] <= LARGEST and not codebook.requires_grad and native.library() is not None
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def watched() -> bool:
     dispatch mode): it would not see what a kernel writes through a pointer.
     """
     return (
-        torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,10 +17,11 @@ class PQEmbedding(PQ, nn.Embedding):
         """Rows of the decoded table: integers of any shape -> [..., embedding_dim]."""
         if self.max_norm is not None:
             return _clipped(self, input)
-        rows = F.embedding(self.codes[input].int(), self.codebook).flatten(-2)
-        return (
-            rows if self.qn_padding_idx is None else rows.masked_fill((input == self.qn_padding_idx).unsqueeze(-1), 0)
-        )
+        rows = F.embedding(F.embedding(input, self.codes).int(), self.codebook).flatten(-2)
+        if self.qn_padding_idx is None:
+            return rows
+        is_pad = (input == self.qn_padding_idx).unsqueeze(-1)
+        return rows.masked_fill(is_pad, 0) if self.pad_row is None else torch.where(is_pad, self.pad_row, rows)
 
 
 class IntEmbedding(Int, nn.Embedding):
@@ -30,9 +32,9 @@ class IntEmbedding(Int, nn.Embedding):
         if self.max_norm is not None:
             return _clipped(self, input)
         rows, columns = self.qn_shape
-        ids, ranges = input.flatten(), max(1, len(self.scale) // rows)  # of each row
-        scale, zero = (t.view(-1, ranges).expand(rows, -1)[ids].flatten() for t in (self.scale, self.zero))
-        levels = self.levels.view(rows, columns)[ids].view(-1, columns // ranges)
+        ranges = max(1, len(self.scale) // rows)  # of each row
+        scale, zero = (F.embedding(input, t.view(-1, ranges).expand(rows, -1)).flatten() for t in (self.scale, self.zero))
+        levels = F.embedding(input, self.levels.view(rows, columns)).view(-1, columns // ranges)
         return dequantize(Integers(levels, scale, zero), (*input.shape, columns), self.scale.dtype)
 
 

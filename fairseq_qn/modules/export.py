@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.artifact import codec, container, manifest
-from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.errors import EncodeError, UnsupportedError
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.quant import integer, product
@@ -31,8 +31,14 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of codebooks and of what stays dense."""
+        """Of codebooks and of Parameters that stay dense."""
         return codec.FLOATS[self.manifest["parts"]]
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding: fp32 at least."""
+        if isinstance(tensor, nn.Parameter):
+            return self.dtype
+        return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
 
     def size(self) -> int:
         """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of exponents."""
@@ -40,11 +46,13 @@ class Plan:
         for name, view in self.views.items():
             if view.phase == FROZEN and view.rule.scheme == "product":
                 layers[name]["exponent"] = codec.exponent_of(_codebook(view), self.dtype)
-        found = {name: codec.exponent_of(tensor, self.dtype) for name, tensor in self.dense.items()}
+            if "pad" in layers[name]:
+                layers[name]["pad"] = codec.exponent_of(_pad(view), self.dtype)
+        found = {name: codec.exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()}
         exponents |= {name: exponent for name, exponent in found.items() if exponent}
         specs = {f"{n}/{part}": spec for n, e in layers.items() for part, spec in codec.layout(e, self.dtype).items()}
         for name, tensor in self.dense.items():
-            specs[name] = (self.dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+            specs[name] = (self.dtype_of(tensor), tuple(tensor.shape))
         specs |= {manifest.ASSET + name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()}
         return container.predict_bytes(specs, self.manifest)
 
@@ -55,7 +63,9 @@ class Plan:
             parts = _encode(view, self.manifest["layers"][name], self.dtype)
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
-            tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype)
+            tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype_of(tensor))
+            if tensor.dtype == torch.float64 and not torch.equal(tensors[name].isfinite(), tensor.isfinite()):
+                raise EncodeError(f"{name}: expected values that fp32 holds, found {float(tensor.abs().max()):.1e}; scale them down")
             if exponent:
                 self.manifest["exponents"][name] = exponent
         return tensors | {manifest.ASSET + name: data for name, data in self.files.items()}
@@ -109,14 +119,17 @@ def _source(
 def _entry(view: WeightView) -> dict[str, Any]:
     rule, shape = view.rule, view.weight.shape
     if rule.scheme == "product":
-        return codec.product_entry(shape, rule.block_size, view.n_centroids, view.padding_idx)
+        pad = _pad(view)
+        return codec.product_entry(
+            shape, rule.block_size, view.n_centroids, view.padding_idx, pad is not None and bool(pad.any())
+        )
     return codec.integer_entry(shape, rule.bits, rule.granularity, rule.group_size)
 
 
 def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     weight, rule = view.weight.detach(), view.rule
     if rule.scheme == "product":
-        return codec.encode_product(entry, view.codes, _codebook(view), dtype)
+        return codec.encode_product(entry, view.codes, _codebook(view), dtype, _pad(view))
     return codec.encode_integer(
         entry, integer.quantize(weight, rule.bits, rule.granularity, rule.group_size, view.name)
     )
@@ -124,3 +137,7 @@ def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict
 
 def _codebook(view: WeightView) -> Tensor:
     return product.codebook_of(view.weight.detach(), view.groups, view.rule.block_size).float()
+
+
+def _pad(view: WeightView) -> Tensor | None:
+    return None if view.padding_idx is None else view.weight.detach()[view.padding_idx]

@@ -22,22 +22,24 @@ _INT = {nn.Linear: IntLinear, nn.Embedding: IntEmbedding, nn.Conv2d: IntConv2d}
 
 @dataclass(frozen=True)
 class ProductWeight:
-    """codes [out_features, blocks a row] and codebook fp32 [K, d] of a weight of this shape."""
+    """codes [out_features, blocks a row] and codebook fp32 [K, d] of a weight of this shape; pad: its pad row, if not zero."""
 
     codes: Tensor
     codebook: Tensor
     shape: tuple[int, ...]
     padding_idx: int | None
+    pad: Tensor | None = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The decoded weight."""
-        return decode(self.codes, self.codebook.to(dtype), self.shape, self.padding_idx)
+        return decode(self.codes, self.codebook.to(dtype), self.shape, self.padding_idx, self.pad)
 
     def into(self, module: nn.Module) -> None:
         """Replace a dense module's weight by these codes; the codebook takes the weight's dtype."""
-        codebook = self.codebook.to(module.weight.dtype)
+        dtype = module.weight.dtype
         swap(module, PQ, _PQ)
-        module.pack(self.codes, codebook, self.shape, self.padding_idx)
+        pad = None if self.pad is None else self.pad.to(dtype)
+        module.pack(self.codes, self.codebook.to(dtype), self.shape, self.padding_idx, pad)
 
 
 @dataclass(frozen=True)

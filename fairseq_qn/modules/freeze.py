@@ -81,7 +81,7 @@ def distortion(view: WeightView) -> float:
 
 
 def _check_finite(view: WeightView) -> None:
-    weight = view.weight.detach()
+    weight = view.weight.detach().float()
     if bad := count_nonfinite(weight):
         raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing was frozen")
 

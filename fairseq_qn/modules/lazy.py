@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.kernels import native
+
 aten = torch.ops.aten
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Source(Protocol):
@@ -20,17 +24,18 @@ class Source(Protocol):
         """The weight, dense."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias) without the dense weight."""
+        """F.linear(x, weight, bias) without the dense weight, in the dtype of x; autograd must not record it."""
 
 
 class LazyWeight(Tensor):
     """Stands for a weight [out_features, in_features], or its transpose, of the shape, dtype and device of the dense one.
 
-    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source; every other operation gets the dense
-    weight. It has no storage: what reads memory without torch has to ask for `decoded()` of the layer.
+    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source, with gradients of x and b; every other
+    operation gets the dense weight, but none may write to it. It has no storage: what reads memory without torch has to ask
+    for `decoded()` of the layer.
 
-    Where gradients flow, products are caught beneath autograd (__torch_dispatch__), else above it (__torch_function__): the
-    first of the former makes torch import its distributed tensors, which takes longer than many an answer.
+    Products are caught above autograd (__torch_function__): the first call that reaches __torch_dispatch__ makes torch import
+    its distributed tensors, which takes longer than many an answer. What gets there gets the dense weight.
     """
 
     @staticmethod
@@ -66,19 +71,87 @@ class LazyWeight(Tensor):
         cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            found = _by_source(func, args, kwargs)
+            return _with_dense(func, args, kwargs) if found is None else found
+        if func in _TRANSPOSES:
+            return (args[0] if args else kwargs["input"]).flipped()
         named = getattr(func, "__name__", "")
-        if named in _OF_THE_SHAPE or (func in _ABOVE and _differentiable(args)):
+        if _writes(named) and type(args[0] if args else kwargs.get("tensor")) is LazyWeight:
+            raise UnsupportedError(
+                f'{named}: a packed weight is read-only; load the file with mode="dense" to change or train its weights'
+            )
+        if named in _OF_THE_SHAPE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        found = _ABOVE[func](*args, **kwargs) if func in _ABOVE else None
-        return _with_dense(func, args, kwargs) if found is None else found
+        return _with_dense(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        found = _BENEATH[func](*args) if func in _BENEATH and not kwargs else None
-        return _with_dense(func, args, kwargs or {}) if found is None else found
+        return args[0] if func is aten.detach.default else _with_dense(func, args, kwargs or {})
+
+
+class _Product(torch.autograd.Function):
+    """The product by a source, which decodes the weight once more for the gradient of x instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, source: Source) -> Tensor:
+        ctx.source = source
+        return source.product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, bias = ctx.needs_input_grad[:2]
+        return (
+            grad @ ctx.source.decoded().to(grad.dtype) if x else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if bias else None,
+            None,
+        )
+
+
+def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The product by the weight's source, or None where it is another kind of product."""
+    roles, transposed = _PRODUCTS[func]
+    given = dict(zip(roles, args)) | kwargs
+    if len(given) != len(args) + len(kwargs) or not given.keys() <= roles.keys():
+        return None
+    operands = {roles[name]: value for name, value in given.items()}
+    x, weight, bias = (operands.get(role) for role in ("x", "weight", "bias"))
+    if type(x) not in _PLAIN or type(weight) is not LazyWeight or not (bias is None or type(bias) in _PLAIN):
+        return None
+    dtype = weight.like.dtype
+    if _autocast_on("cpu"):
+        x, bias, dtype = _autocast(x), _autocast(bias), _autocast(weight.like).dtype
+    rank_2, (out_features, in_features) = "mat2" in roles, weight.weight_shape
+    if weight.transposed is not transposed or x.dim() == 0 or (rank_2 and x.dim() != 2) or x.shape[-1] != in_features:
+        return None
+    if x.dtype != dtype or x.device != weight.like.device or x.layout != torch.strided or x.numel() == 0 or native.watched():
+        return None
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != dtype or bias.device != x.device):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Product.apply(x, bias, weight.source)
+    return weight.source.product(x, bias)
+
+
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """What autocast makes of an operand of a product; LazyWeights are on the CPU."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(_autocast_dtype("cpu"))
+
+
+if hasattr(torch, "get_autocast_dtype"):
+    _autocast_on, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+else:  # torch below 2.4
+
+    def _autocast_on(device: str) -> bool:
+        return torch.is_autocast_cpu_enabled()
+
+    def _autocast_dtype(device: str) -> torch.dtype:
+        return torch.get_autocast_cpu_dtype()
 
 
 def _with_dense(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -86,45 +159,21 @@ def _with_dense(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return func(*args, **kwargs)
 
 
-def _differentiable(args: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _writes(named: str) -> bool:
+    """Whether a method of this name changes the tensor that it is called on."""
+    if named.startswith("__"):
+        return named in ("__set__", "__setitem__") or (named.startswith("__i") and named not in ("__int__", "__index__", "__invert__"))
+    return named.endswith("_")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor | None:
-    """The product by the weight's source, or None where it is another kind of product."""
-    if type(x) is LazyWeight or type(bias) is LazyWeight or type(weight) is not LazyWeight:
-        return None
-    if weight.transposed is not transposed or x.dtype != weight.dtype or x.device != weight.device or x.dim() == 0:
-        return None
-    if bias is not None and (bias.shape != weight.weight_shape[:1] or bias.dtype != x.dtype):
-        return None
-    if x.shape[-1] != weight.weight_shape[1] or x.numel() == 0:
-        return None
-    return weight.source.product(x, bias)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return _product(input, weight, bias)
-
-
-def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
-    return _product(input, other, None, True)
-
-
-def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **scales: float) -> Tensor | None:
-    return None if scales else _product(x, weight, bias, True)
-
-
-def _t(weight: LazyWeight) -> LazyWeight:
-    return weight.flipped()
-
-
-_ABOVE: dict[Any, Callable] = {F.linear: _linear, torch.addmm: _addmm, torch.t: _t, Tensor.t: _t} | dict.fromkeys(
-    (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul
-)
-_BENEATH: dict[Any, Callable] = {
-    aten.linear.default: _linear, aten.matmul.default: _matmul, aten.mm.default: _matmul, aten.addmm.default: _addmm,
-    aten.t.default: _t, aten.detach.default: lambda weight: weight,
+_MATMUL = ({"input": "x", "other": "weight"}, True)
+_MM = ({"input": "x", "mat2": "weight"}, True)
+_ADDMM = ({"input": "bias", "mat1": "x", "mat2": "weight"}, True)
+_PRODUCTS: dict[Any, tuple[dict[str, str], bool]] = {  # names of the arguments -> what they are; whether the weight is transposed
+    F.linear: ({"input": "x", "weight": "weight", "bias": "bias"}, False),
+    torch.matmul: _MATMUL, Tensor.matmul: _MATMUL, Tensor.__matmul__: _MATMUL, torch.mm: _MM, Tensor.mm: _MM,
+    torch.addmm: _ADDMM, Tensor.addmm: _ADDMM,
 }  # fmt: skip
+_TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__}
 _OF_THE_SHAPE = {"__get__", "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "__len__",
-                 "is_complex", "get_device", "requires_grad_"}  # fmt: skip
+                 "is_complex", "get_device"}  # fmt: skip

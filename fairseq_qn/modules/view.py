@@ -59,6 +59,8 @@ class WeightView:
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
         self._seen: tuple[Time | None, int] = (None, 0)  # the last pass that drew noise, and the weight's version then
         self._watched = False
+        if not weight.is_floating_point():
+            raise UnsupportedError(f"{name}: expected floating-point weights, found {weight.dtype}; keep this layer dense")
         if rule.scheme == "product":  # raises before anything is registered
             check_block_size(weight.shape, rule.block_size, name)
         else:

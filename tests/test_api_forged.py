@@ -64,6 +64,7 @@ def test_a_small_file_cannot_claim_a_large_weight(saved: Path, tmp_path: Path) -
 FIELDS = [
     *(("embed.weight", "padding_idx", value) for value in (20, -1, 1.0, True, "1")),
     *(("embed.weight", "exponent", value) for value in (1001, 10**12, -1001, 0.5, None)),
+    *(("embed.weight", "pad", value) for value in (0, 1001, None, True)),  # of a pad row that is not there
     *(("embed.weight", "scheme", value) for value in ("pq", None)),
     *(("block.fc1.weight", "bits", value) for value in (1, 9, 3.0, None)),
     *(("block.fc1.weight", "granularity", value) for value in ("row", None)),

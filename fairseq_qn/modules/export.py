@@ -65,7 +65,8 @@ class Plan:
         for name, tensor in self.dense.items():
             tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype_of(tensor))
             if tensor.dtype == torch.float64 and not torch.equal(tensors[name].isfinite(), tensor.isfinite()):
-                raise EncodeError(f"{name}: expected values that fp32 holds, found {float(tensor.abs().max()):.1e}; scale them down")
+                largest = float(tensor.detach().abs().max())
+                raise EncodeError(f"{name}: expected values that fp32 holds, found {largest:.1e}; scale them down")
             if exponent:
                 self.manifest["exponents"][name] = exponent
         return tensors | {manifest.ASSET + name: data for name, data in self.files.items()}

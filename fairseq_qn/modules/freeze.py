@@ -81,9 +81,10 @@ def distortion(view: WeightView) -> float:
 
 
 def _check_finite(view: WeightView) -> None:
-    weight = view.weight.detach().float()
-    if bad := count_nonfinite(weight):
-        raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing was frozen")
+    weight = view.weight.detach()
+    if bad := count_nonfinite(weight.float()):
+        where = " in fp32" if weight.dtype == torch.float64 else ""
+        raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf{where}; nothing was frozen")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from fairseq_qn.kernels import native
 
 aten = torch.ops.aten
 _PLAIN = (Tensor, nn.Parameter)
+_WRITES = re.compile(r"[a-z].*_|__(set|setitem|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))__")
 
 
 class Source(Protocol):
@@ -77,7 +79,7 @@ class LazyWeight(Tensor):
         if func in _TRANSPOSES:
             return (args[0] if args else kwargs["input"]).flipped()
         named = getattr(func, "__name__", "")
-        if _writes(named) and type(args[0] if args else kwargs.get("tensor")) is LazyWeight:
+        if _WRITES.fullmatch(named) and type(args[0] if args else kwargs.get("tensor")) is LazyWeight:
             raise UnsupportedError(
                 f'{named}: a packed weight is read-only; load the file with mode="dense" to change or train its weights'
             )
@@ -159,17 +161,11 @@ def _with_dense(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return func(*args, **kwargs)
 
 
-def _writes(named: str) -> bool:
-    """Whether a method of this name changes the tensor that it is called on."""
-    if named.startswith("__"):
-        return named in ("__set__", "__setitem__") or (named.startswith("__i") and named not in ("__int__", "__index__", "__invert__"))
-    return named.endswith("_")
-
-
 _MATMUL = ({"input": "x", "other": "weight"}, True)
 _MM = ({"input": "x", "mat2": "weight"}, True)
 _ADDMM = ({"input": "bias", "mat1": "x", "mat2": "weight"}, True)
-_PRODUCTS: dict[Any, tuple[dict[str, str], bool]] = {  # names of the arguments -> what they are; whether the weight is transposed
+# names of the arguments -> what they are; whether the weight is transposed
+_PRODUCTS: dict[Any, tuple[dict[str, str], bool]] = {
     F.linear: ({"input": "x", "weight": "weight", "bias": "bias"}, False),
     torch.matmul: _MATMUL, Tensor.matmul: _MATMUL, Tensor.__matmul__: _MATMUL, torch.mm: _MM, Tensor.mm: _MM,
     torch.addmm: _ADDMM, Tensor.addmm: _ADDMM,

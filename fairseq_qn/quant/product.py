@@ -88,7 +88,7 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
 def decode(
     codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None, pad: Tensor | None = None
 ) -> Tensor:
-    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight; its row padding_idx is `pad`, or zero."""
+    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight, whose pad row is `pad`, or zero."""
     codes = codes.reshape(-1)
     if codebook.requires_grad or native.watched():
         blocks = F.embedding(codes.int(), codebook)

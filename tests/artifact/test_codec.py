@@ -112,3 +112,19 @@ def test_codes_beyond_the_codebook(k: int, code: int) -> None:
     parts = codec.encode_product(entry, codes, torch.zeros(k, 3), torch.float16)
     with pytest.raises(FormatError, match=f"^expected codes below {k}, found {code}; the file is damaged"):
         codec.decode_product(entry, parts)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_pad_row_has_a_scale_of_its_own(scale: float) -> None:
+    codes, codebook, pad = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[0.5, -1], [2, 3]]), torch.randn(4) * scale
+    entry = codec.product_entry((2, 4), 2, 2, 1, pad=True)
+    parts = codec.encode_product(entry, codes, codebook, torch.float16, pad)
+    check_layout(entry, parts, torch.float16)
+    assert torch.equal(codec.decode_product(entry, parts)[1], codebook)
+    torch.testing.assert_close(codec.widened(parts["pad"], entry["pad"]), pad, rtol=1e-3, atol=scale * 1e-5)
+
+
+def test_double_is_kept_and_beyond_fp32_is_seen() -> None:
+    values = torch.tensor([1 / 3, 1e300], dtype=torch.float64)
+    narrow, exponent = codec.narrowed(values, torch.float64)
+    assert torch.equal(codec.widened(narrow, exponent), values)

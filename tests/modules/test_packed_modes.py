@@ -220,7 +220,8 @@ def test_autocast(name: str, scheme: str, dtype: torch.dtype) -> None:
         results.append([y, *(torch.autograd.grad(y.float().pow(2).sum(), wanted) if wanted else ())])
         with torch.autocast("cpu", dtype), torch.no_grad():
             results[-1].append(module(x))
-        assert y.dtype == (torch.float32 if isinstance(dense, nn.Embedding) else dtype) == results[-1][-1].dtype or name == "tied"
+        looked_up = torch.float32 if isinstance(dense, nn.Embedding) else dtype
+        assert y.dtype == looked_up == results[-1][-1].dtype or name == "tied"
     assert_all_close(*results, tolerance=2e-2)
     assert packed(x).dtype == torch.float32  # and afterwards as before
 

@@ -16,7 +16,7 @@ from fairseq_qn.errors import RecipeError
 VERSION = 1
 MAX_CENTROIDS = 65_536
 MAX_BLOCK_SIZE = 4096
-SCHEMES = ("product", "integer")
+SCHEMES = {"product": ("block_size", "n_centroids"), "integer": ("bits", "granularity", "group_size")}  # and their own lines
 NOISE_KINDS = ("none", "proxy", "exact")
 GRANULARITIES = ("tensor", "channel", "group")
 MODULE_TYPES = ("Linear", "Embedding", "Conv2d")
@@ -100,6 +100,8 @@ class Recipe:
         data, where = _read(source)
         if not isinstance(data, Mapping):
             raise RecipeError(f"{where}: expected a mapping with `rules`, found {type(data).__name__}")
+        if str(source).startswith('{"version"'):  # to_json's, from a checkpoint: it may be older than this check
+            data = _without_foreign(data)
         try:
             return _recipe(from_fairseq_yaml(data) if "layers_to_quantize" in data else data)
         except RecipeError as error:
@@ -205,9 +207,11 @@ def _rule(data: Any, where: str) -> Rule:
     for key in ("layers", "scheme"):
         if key not in data:
             raise RecipeError(f"{where}: `{key}` is missing")
-    if data["scheme"] not in SCHEMES:
+    if data["scheme"] not in list(SCHEMES):  # of any type
         raise RecipeError(f"{where}.scheme: expected one of {list(SCHEMES)}, found {data['scheme']!r}")
     values = {**data, "layers": _pattern(data["layers"], f"{where}.layers"), "stage": str(data.get("stage", "all"))}
+    if foreign := _foreign(data):
+        raise RecipeError(f"{where}: {', '.join(foreign)}: not of scheme {data['scheme']}; take it out, or change the scheme")
     if data.get("noise") is not None:
         values["noise"] = _noise(data["noise"], f"{where}.noise")
     for key, low, high in (
@@ -231,16 +235,32 @@ def _rule(data: Any, where: str) -> Rule:
     return Rule(**values)
 
 
+def _foreign(rule: Mapping[str, Any]) -> list[str]:
+    """Lines of a rule that belong to other schemes than its own."""
+    return [key for scheme, keys in SCHEMES.items() if scheme != rule.get("scheme") for key in keys if key in rule]
+
+
+def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
+        return data
+    return {**data, "rules": [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules]}
+
+
 def _noise(data: Any, where: str) -> Noise:
     if data is None:
         return Noise()
     _only(data, ("kind", "p", "refresh"), where)
-    kind = data.get("kind", "none")
+    kind = data.get("kind")
     if kind not in NOISE_KINDS:
         raise RecipeError(f"{where}.kind: expected one of {list(NOISE_KINDS)}, found {kind!r}")
+    if kind != "none" and "p" not in data:
+        raise RecipeError(f"{where}.p: expected the probability of {kind} noise, found none")
     p, refresh = data.get("p", 0.0), data.get("refresh", "epoch")
-    knots = [[0, p]] if isinstance(p, (int, float)) else p
+    knots = p if isinstance(p, (list, tuple)) else [[0, p]]
     try:
+        if any(isinstance(number, (bool, str)) for knot in knots for number in knot):
+            raise TypeError
         knots = tuple((int(update), float(value)) for update, value in knots)
     except (TypeError, ValueError, OverflowError):
         raise RecipeError(f"{where}.p: expected a number or [[update, p], ...], found {p!r}") from None

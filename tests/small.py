@@ -76,10 +76,11 @@ def recipe(
     *names: str, kind: str = "none", p: Any = 0.0, refresh: Any = "epoch", k: int = 5, **rule: Any
 ) -> dict[str, Any]:
     """A rule for each of the named layers, or all, in stages ffn, emb and conv, product unless `rule` says otherwise."""
+    product = rule.get("scheme", "product") == "product"
     rules = [
         {
-            "layers": name.replace(".", r"\."), "scheme": "product", "block_size": LAYERS[name], "n_centroids": k,
-            "stage": STAGES.get(name, "ffn"), **rule,
+            "layers": name.replace(".", r"\."), "scheme": "product", "stage": STAGES.get(name, "ffn"),
+            **({"block_size": LAYERS[name], "n_centroids": k} if product else {}), **rule,
         }
         for name in names or LAYERS
     ]  # fmt: skip

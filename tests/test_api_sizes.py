@@ -15,7 +15,8 @@ import fairseq_qn
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_predicted_sizes(scheme: str, parts: str, tmp_path: Path) -> None:
     model = Net(seed=1)
-    data = recipe(**{**SCHEMES[scheme], "group_size": 1})
+    groups = {"group_size": 1} if scheme == "group" else {}
+    data = recipe(**{**SCHEMES[scheme], **groups})
     fairseq_qn.apply(model, data)
     before = fairseq_qn.predict_size(model, parts=parts)
     fairseq_qn.freeze(model)

@@ -28,6 +28,14 @@ def with_rule(**changes: Any) -> dict[str, Any]:
     return recipe(rules=[RULE | changes])
 
 
+def integers(**changes: Any) -> dict[str, Any]:
+    return with_rule(scheme="integer", **changes)
+
+
+def proxy(p: Any, **more: Any) -> dict[str, Any]:
+    return recipe(noise={"kind": "proxy", "p": p, **more})
+
+
 LEGAL = [
     (recipe(), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),))),
     (recipe(keep=["a", "b"]), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),), ("a", "b"))),
@@ -77,25 +85,45 @@ def test_legal_recipes_and_their_round_trips(data: dict[str, Any], expected: Rec
         assert Recipe.load(source) == loaded
 
 
+OWN = {
+    "product": {"block_size": st.integers(1, 4096), "n_centroids": st.integers(2, 65_536)},
+    "integer": {"bits": st.integers(2, 8), "granularity": st.sampled_from(["tensor", "channel", "group"]),
+                "group_size": st.integers(1, 65_536)},
+}  # fmt: skip
+
+
+def rules_of(scheme: str) -> st.SearchStrategy[Rule]:
+    noise = st.none() | st.builds(Noise, st.sampled_from(["none", "proxy", "exact"]), st.just(((0, 0.5),)))
+    return st.builds(
+        Rule, st.sampled_from(["a", ".*"]), st.just(scheme), st.just("s"), optional=st.booleans(), noise=noise,
+        module=st.sampled_from([None, "Linear"]), **OWN[scheme],
+    )  # fmt: skip
+
+
 @given(
     st.builds(
         Recipe,
-        st.lists(
-            st.builds(
-                Rule, st.sampled_from(["a", ".*"]), st.sampled_from(["product", "integer"]), st.just("s"),
-                block_size=st.integers(1, 4096), n_centroids=st.integers(2, 65_536), bits=st.integers(2, 8),
-                granularity=st.sampled_from(["tensor", "channel", "group"]), group_size=st.integers(1, 65_536),
-                optional=st.booleans(), module=st.sampled_from([None, "Linear"]),
-                noise=st.none() | st.builds(Noise, st.sampled_from(["none", "proxy", "exact"]), st.just(((0, 0.5),))),
-            ), min_size=1, max_size=3,
-        ).map(tuple),
+        st.lists(rules_of("product") | rules_of("integer"), min_size=1, max_size=3).map(tuple),
         st.builds(Stage, st.just("s"), st.none() | st.integers(0, 9)).map(lambda s: (s,)),
         st.sampled_from([(), ("x", "y.*")]),
         st.builds(Noise, st.just("exact"), st.just(((0, 0.0), (5, 0.25))), st.just("epoch") | st.integers(1, 99)),
     )
-)  # fmt: skip
+)
 def test_every_recipe_survives_its_own_text(built: Recipe) -> None:
     assert Recipe.load(built.to_dict()) == built and Recipe.load(built.to_json()) == built
+
+
+def test_a_checkpoints_recipe_of_before_lines_of_other_schemes_were_refused() -> None:
+    """As to_json wrote it, which left defaults out."""
+    text = (
+        '{"version":1,"noise":{"kind":"none","p":[[0,0.1]],"refresh":"epoch"},"rules":[{"layers":".*fc1",'
+        '"scheme":"product","stage":"all","bits":4},{"layers":"x","scheme":"integer","stage":"all","block_size":4}],'
+        '"keep":[],"stages":["all"]}'
+    )
+    rules = (Rule(".*fc1", "product", "all"), Rule("x", "integer", "all"))
+    assert Recipe.load(text) == Recipe(rules, (Stage("all"),), (), Noise(p=((0, 0.1),)))
+    with pytest.raises(RecipeError, match=r"rules\[0\]: bits: not of scheme product"):
+        Recipe.load(json.loads(text))
 
 
 ILLEGAL = [
@@ -117,27 +145,39 @@ ILLEGAL = [
     (with_rule(block_size=8.0), "rules[0].block_size: expected a whole number from 1 to 4096, found 8.0"),
     (with_rule(n_centroids=1), "rules[0].n_centroids: expected a whole number from 2 to 65536, found 1"),
     (with_rule(n_centroids=65_537), "rules[0].n_centroids: expected a whole number from 2 to 65536, found 65537"),
-    (with_rule(bits=True), "rules[0].bits: expected a whole number from 2 to 8, found True"),
-    (with_rule(bits=9), "rules[0].bits: expected a whole number from 2 to 8, found 9"),
-    (with_rule(bits=None), "rules[0].bits: expected a whole number from 2 to 8, found None"),
-    (with_rule(group_size=0), "rules[0].group_size: expected a whole number from 1 to 65536, found 0"),
-    (with_rule(granularity="row"), "rules[0].granularity: expected one of ['tensor', 'channel', 'group'], found 'row'"),
+    (integers(bits=True), "rules[0].bits: expected a whole number from 2 to 8, found True"),
+    (integers(bits=9), "rules[0].bits: expected a whole number from 2 to 8, found 9"),
+    (integers(bits=None), "rules[0].bits: expected a whole number from 2 to 8, found None"),
+    (integers(group_size=0), "rules[0].group_size: expected a whole number from 1 to 65536, found 0"),
+    (integers(granularity="row"), "rules[0].granularity: expected one of ['tensor', 'channel', 'group'], found 'row'"),
     (with_rule(module="Linaer"), "rules[0].module: expected one of ['Linear', 'Embedding', 'Conv2d'], found 'Linaer'"),
     (with_rule(where=["in_features"]), "rules[0].where: expected a mapping, found ['in_features']"),
     (with_rule(optional="yes"), "rules[0].optional: expected true or false, found 'yes'"),
     (with_rule(noise="proxy"), "rules[0].noise: expected a mapping, found 'proxy'"),
     (with_rule(noise={"kind": "pq"}), "rules[0].noise.kind: expected one of ['none', 'proxy', 'exact'], found 'pq'"),
     (recipe(noise={"prob": 0.1}), "noise: unknown prob; known: kind, p, refresh"),
-    (recipe(noise={"p": 1.5}), "noise.p: expected probabilities in [0, 1] at rising updates, found 1.5"),
-    (recipe(noise={"p": -0.1}), "noise.p: expected probabilities in [0, 1] at rising updates, found -0.1"),
-    (recipe(noise={"p": float("nan")}), "noise.p: expected probabilities in [0, 1] at rising updates, found nan"),
-    (recipe(noise={"p": []}), "noise.p: expected probabilities in [0, 1] at rising updates, found []"),
-    (recipe(noise={"p": [[5, 0.1], [0, 0.2]]}), "noise.p: expected probabilities in [0, 1] at rising updates"),
-    (recipe(noise={"p": "0.1"}), "noise.p: expected a number or [[update, p], ...], found '0.1'"),
-    (recipe(noise={"p": [0.1, 0.2]}), "noise.p: expected a number or [[update, p], ...], found [0.1, 0.2]"),
-    (recipe(noise={"p": [[float("inf"), 0.1]]}), "noise.p: expected a number or [[update, p], ...], found [[inf, 0.1]]"),
-    (recipe(noise={"refresh": 0}), "noise.refresh: expected `epoch` or a number of updates, found 0"),
-    (recipe(noise={"refresh": "update"}), "noise.refresh: expected `epoch` or a number of updates, found 'update'"),
+    (proxy(1.5), "noise.p: expected probabilities in [0, 1] at rising updates, found 1.5"),
+    (proxy(-0.1), "noise.p: expected probabilities in [0, 1] at rising updates, found -0.1"),
+    (proxy(float("nan")), "noise.p: expected probabilities in [0, 1] at rising updates, found nan"),
+    (proxy([]), "noise.p: expected probabilities in [0, 1] at rising updates, found []"),
+    (proxy([[5, 0.1], [0, 0.2]]), "noise.p: expected probabilities in [0, 1] at rising updates"),
+    (proxy("0.1"), "noise.p: expected a number or [[update, p], ...], found '0.1'"),
+    (proxy([0.1, 0.2]), "noise.p: expected a number or [[update, p], ...], found [0.1, 0.2]"),
+    (proxy([[float("inf"), 0.1]]), "noise.p: expected a number or [[update, p], ...], found [[inf, 0.1]]"),
+    (proxy(0.1, refresh=0), "noise.refresh: expected `epoch` or a number of updates, found 0"),
+    (proxy(0.1, refresh="update"), "noise.refresh: expected `epoch` or a number of updates, found 'update'"),
+    (proxy(True), "noise.p: expected a number or [[update, p], ...], found True"),
+    (proxy([[0, True]]), "noise.p: expected a number or [[update, p], ...], found [[0, True]]"),
+    (proxy([["0", 0.1]]), "noise.p: expected a number or [[update, p], ...], found [['0', 0.1]]"),
+    (proxy(None), "noise.p: expected a number or [[update, p], ...], found None"),
+    (recipe(noise={"p": 0.1}), "noise.kind: expected one of ['none', 'proxy', 'exact'], found None"),
+    (recipe(noise={"refresh": 3}), "noise.kind: expected one of ['none', 'proxy', 'exact'], found None"),
+    (recipe(noise={"kind": "proxy"}), "noise.p: expected the probability of proxy noise, found none"),
+    (with_rule(noise={"kind": "exact", "refresh": 3}), "rules[0].noise.p: expected the probability of exact noise, found none"),
+    (with_rule(bits=4), "rules[0]: bits: not of scheme product; take it out, or change the scheme"),
+    (with_rule(granularity="group", group_size=8), "rules[0]: granularity, group_size: not of scheme product"),
+    (integers(block_size=8), "rules[0]: block_size: not of scheme integer"),
+    (integers(n_centroids=256), "rules[0]: n_centroids: not of scheme integer"),
     (recipe(keep=".*embed"), "keep: expected a list, found '.*embed'"),
     (recipe(keep=["("]), "keep[0]: not a regular expression: '('"),
     (recipe(stages="all"), "stages: expected a list, found 'all'"),

@@ -167,7 +167,8 @@ class Occupied(nn.Linear):
 
 
 def rules(*entries: dict[str, Any]) -> dict[str, Any]:
-    return {"version": 1, "rules": [{"scheme": "product", "block_size": 4, **entry} for entry in entries]}
+    product = {"scheme": "product", "block_size": 4}
+    return {"version": 1, "rules": [entry if "scheme" in entry else {**product, **entry} for entry in entries]}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fairseq_qn.artifact import codec, container, manifest
+from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
 from fairseq_qn.modules import export
 from fairseq_qn.modules.clock import Clock, track
@@ -28,7 +29,7 @@ from fairseq_qn.report import SizeReport
 
 __all__ = ["apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
-Builder = Callable[[dict[str, Any], dict[str, bytes]], nn.Module]
+Builder = Callable[[dict[str, Any], Mapping[str, bytes]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}
 
 
@@ -138,12 +139,17 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or float32.
     drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to carry along (BPE models).
     source: how to rebuild the model; a qn_ model of fairseq knows by itself.
-    Raises UnsupportedError (not frozen, unknown module in `drop`), OSError; the old file survives any of them.
+    Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file survives any of them.
     """
     plan = export.plan(model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source)
     if waiting := unfrozen(model):
         raise UnsupportedError(f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first")
-    container.write(path, plan.encode(), plan.manifest)
+    tensors = plan.encode()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    for problem in (manifest.layers_excess(plan.manifest, stored), manifest.assets_excess(plan.manifest, tensors)):
+        if problem:  # no reader would take such a file
+            raise UnsupportedError(f"save: {problem}; use smaller blocks, carry less")
+    container.write(path, tensors, plan.manifest)
     return SizeReport.of(path, container.read_manifest(path))
 
 
@@ -176,9 +182,9 @@ class File:
     tensors: dict[str, Tensor]
 
     @cached_property
-    def assets(self) -> dict[str, bytes]:
-        """The files that travel inside, by name."""
-        return manifest.read_assets(self.plan, self.tensors, str(self.path))
+    def assets(self) -> Mapping[str, bytes]:
+        """The files that travel inside, by name, each unpacked when it is asked for."""
+        return manifest.Assets(self.plan, self.tensors, str(self.path))
 
     def load(
         self, mode: str = "dense", model: nn.Module | None = None, *, dtype: torch.dtype | None = None
@@ -205,6 +211,8 @@ class File:
     def _decode(self, name: str, entry: dict[str, Any]) -> Weight:
         parts = {part: self.tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
         shape = tuple(entry["shape"])
+        if not codec.all_finite(entry, parts):
+            raise FormatError(f"{self.path}: {name}: expected finite weights, found NaN or Inf; save another checkpoint")
         try:
             if entry["scheme"] == "product":
                 pad = codec.widened(parts["pad"], entry["pad"]) if "pad" in entry else None
@@ -248,7 +256,7 @@ def figures(model: nn.Module) -> dict[str, float]:
     return result
 
 
-def _build(plan: Mapping[str, Any], assets: dict[str, bytes], path: str | Path) -> nn.Module:
+def _build(plan: Mapping[str, Any], assets: Mapping[str, bytes], path: str | Path) -> nn.Module:
     kind = plan["source"].get("builder") if plan["source"] else None
     if kind is None:
         raise UnsupportedError(
@@ -256,7 +264,7 @@ def _build(plan: Mapping[str, Any], assets: dict[str, bytes], path: str | Path) 
         )
     if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
-            f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {kind!r}; is fairseq installed?"
+            f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is fairseq installed?"
         )
     return _BUILDERS[kind](plan["source"], assets)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_qn import api
-from fairseq_qn.errors import QNError, UnsupportedError
+from fairseq_qn.artifact.replacing import refuse_same
+from fairseq_qn.errors import QNError, UnsupportedError, one_line
 from fairseq_qn.report import SizeReport, mb, table
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.command(args) or 0
     except (QNError, OSError) as error:
-        print(f"fairseq-qn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fairseq-qn: {one_line(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compress(args: argparse.Namespace) -> None:
     """A checkpoint of fairseq's -> the small file. What the training has not frozen yet is frozen here."""
     hub = _hub()
+    refuse_same(args.output, args.checkpoint, args.recipe, *args.bpe_files)
     model, config, _ = hub.load_checkpoint(args.checkpoint, args.data, args.recipe)
     if api.recipe_of(model) is None:
         raise UnsupportedError(f"{args.checkpoint}: carries no recipe; give one with --recipe")

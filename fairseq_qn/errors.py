@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
+MAX_MESSAGE = 300  # characters
+_TAIL = 110  # of them for the end of a message that is cut: what was found, and what to do
+_WORD = 100  # characters of a word (a path, a name) that a long message keeps
+
+
+def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
+    r"""`text` in at most `limit` printable characters: long words give way first, then the middle.
+
+    >>> one_line("no layer 'a\nb'")
+    "no layer 'a\\nb'"
+    """
+    text = text if len(text) <= 8 * limit else f"{text[: 4 * limit]}{text[-4 * limit :]}"  # a name may take megabytes
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) > limit:
+        text = re.sub(rf"\S{{{_WORD + 1},}}", lambda match: _cut(match[0], _WORD, _WORD // 2), text)
+    return _cut(text, limit, _TAIL)
+
+
+def _cut(text: str, limit: int, tail: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
+
 
 class QNError(Exception):
-    """Base of every error that fairseq_qn raises for bad input."""
+    """Base of every error that fairseq_qn raises for bad input. Its message is one line of at most MAX_MESSAGE characters,
+    whatever names, paths and values went into it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class RecipeError(QNError):

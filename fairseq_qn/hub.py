@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_qn import api
 from fairseq_qn.artifact import manifest
+from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.models.checkpoint import load_checkpoint
 from fairseq_qn.models.describe import build_model, build_task
@@ -173,8 +174,9 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     """Write a qn_ checkpoint as a stock one: frozen layers by their decoded weights, all else exactly as it is stored.
 
     Returns {"file", "architecture", "frozen_layers", "note"}; the note says what fairseq's own model cannot express. Raises as
-    load_checkpoint does, and UnsupportedError for a stock checkpoint.
+    load_checkpoint does, and UnsupportedError for a stock checkpoint or where `output` is `path`.
     """
+    refuse_same(output, path)
     model, config, _ = load_checkpoint(path, data)
     stock, frozen = to_stock(torch.load(path, map_location="cpu", weights_only=True), model, str(path))
     eps = getattr(config.model, "layer_norm_eps", None)

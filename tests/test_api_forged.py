@@ -87,7 +87,7 @@ def test_exponents_out_of_range(exponent: Any, saved: Path, tmp_path: Path) -> N
 def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) -> None:
     def assets(edit: Callable[[Tensors, Plan], object]) -> str:
         with pytest.raises(FormatError) as error:
-            _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets
+            _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets["words.txt"]
         assert "\n" not in str(error.value) and "asset 'words.txt'" in str(error.value)
         return str(error.value)
 
@@ -105,7 +105,7 @@ def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) ->
     assert "expected 601 bytes, found 600" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=601))
     assert "expected 599 bytes, found 600+" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=599))
     assert "cannot be unpacked" in assets(lambda t, p: t["asset:words.txt"].zero_())
-    for size in (10**12, -1, None, "600"):
+    for size in (-1, None, "600"):
         assert "no sensible size" in assets(lambda t, p, s=size: p["assets"]["words.txt"].update(bytes=s))
 
 
@@ -147,7 +147,7 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(
                 fairseq_qn.load(path, "packed", fresh())
                 loaded.add(place[0])
             except QNError as error:
-                assert "\n" not in str(error) and len(str(error)) < 700, (place, value)
+                assert "\n" not in str(error) and len(str(error)) <= 300, (place, value)
             except BaseException as error:
                 raise AssertionError(f"{place} = {value!r} raised {error!r}") from error
     assert loaded <= {

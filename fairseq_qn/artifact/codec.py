@@ -100,6 +100,15 @@ def decode_integer(entry: Entry, parts: Mapping[str, Tensor]) -> Integers:
     return Integers(levels, parts["scale"], parts["zero"])
 
 
+def all_finite(entry: Entry, parts: Mapping[str, Tensor]) -> bool:
+    """Whether every weight that the parts stand for is finite: each codeword, or both ends of each range."""
+    if entry["scheme"] == "product":
+        return bool(torch.isfinite(widened(parts["codebook"], entry["exponent"])).all())
+    zero = parts["zero"].float()
+    ends = torch.stack([-zero, 2.0 ** entry["bits"] - 1 - zero]) * parts["scale"].float()
+    return bool(torch.isfinite(ends).all())
+
+
 def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """(values / 2^exponent in `dtype`, exponent); what is not floating point unchanged."""
     exponent = exponent_of(values, dtype)

@@ -6,14 +6,10 @@ Nothing in it is executed, and no tensor is handed out before its digest has bee
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
-import secrets
 import stat
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor
 
 from fairseq_qn.artifact import header
 from fairseq_qn.artifact.header import PathLike, Spec, bad, short
+from fairseq_qn.artifact.replacing import replacing
 from fairseq_qn.errors import EncodeError
 
 _READ_CHUNK = 1 << 20  # bytes; hashed while they are still in the cache
@@ -40,7 +37,7 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
 
     `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors may be on
     any device, strided in any way, and may share storage; each is written in full. A kill leaves the old file or the
-    new one, and perhaps a `.*.qn-tmp` beside it.
+    new one, and perhaps a `.*.qn-tmp` beside it, which the next write to `path` removes.
 
     Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails; nothing is left.
     """
@@ -51,9 +48,8 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
             )
     specs = header.ordered({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     blank = header.encode(specs, manifest, {})
-    target = Path(os.path.realpath(path))  # a link stays a link, to the new file
     digests = {}
-    with _replacing(target) as file:
+    with replacing(path) as file:
         file.write(blank)
         for name in specs:
             raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -61,7 +57,7 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
             file.write(raw)
         file.seek(0)
         file.write(header.encode(specs, manifest, digests))  # as long as `blank`
-    return os.path.getsize(target)
+    return os.path.getsize(path)
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
@@ -96,7 +92,7 @@ def _read_tensor(file: BinaryIO, path: PathLike, name: str, spec: Spec, sha256: 
             raise bad(path, f"tensor {short(name)}", f"{len(view)} bytes", "the end of the file")
         digest.update(chunk)
     if digest.hexdigest() != sha256:
-        raise bad(path, f"tensor {short(name)}", f"sha256 {short(sha256)}", digest.hexdigest())
+        raise bad(path, f"tensor {short(name)}", f"sha256 {short(sha256)[:17]}...", f"{digest.hexdigest()[:16]}...")
     if dtype == torch.bool and raw.numel() and raw.max() > 1:  # torch leaves undefined what such a bool means
         raise bad(path, f"tensor {short(name)}", "bytes 0 and 1 for BOOL", str(raw.max().item()))
     return raw.view(dtype).reshape(shape)
@@ -106,40 +102,3 @@ def _opened(path: PathLike) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise bad(path, "kind", "a file", "a directory or device", "give the path of the file itself")
     return open(path, "rb")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path`, moved over it when the block ends well and removed when it does not."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.qn-tmp")
-    try:
-        if path.exists() and not path.is_file():  # a move would replace /dev/null itself
-            raise OSError(errno.EINVAL, "it is a directory or device")
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the move: the name must never stand for bytes that a crash can still lose
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            todo = "choose a file in a directory that exists, has room, and that you may write to"
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; {todo}") from error
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the move last through a crash, on file systems that can."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except PermissionError:  # a directory that may be written but not listed
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

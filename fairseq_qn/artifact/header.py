@@ -11,8 +11,9 @@ name, in base 85, which needs no escapes in JSON. In version 1 the manifest was 
 digests in hex: three quarters of the header, 60 of 99 kB for a RoBERTa-base, where 12 are enough. It is still read.
 
 `header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. So each byte of the file is
-under one digest. Digests show damage, not malice: each claim of a header is also checked against the size of the file, and
-a manifest stops inflating at MAX_MANIFEST_BYTES, so that no claim alone can make a reader take memory.
+under one digest. Digests show damage, not malice: each claim of a header is also checked against the size of the file, a
+manifest stops inflating at MAX_MANIFEST_BYTES, and MAX_TENSORS and the bounds of strict_json say what Python may be made to
+do, so that no claim alone can make a reader take memory or time: a header is read in a second and 100 MB, whatever it says.
 
 The header is laid out here, and not by the safetensors library, because the library (0.8.0) writes metadata in random
 order and cannot say beforehand how large a file will be. The library reads these files, and a test compares.
@@ -21,10 +22,10 @@ order and cannot say beforehand how large a file will be. The library reads thes
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
+import reprlib
 import zlib
 from base64 import b85decode, b85encode
 from collections.abc import Iterator, Mapping
@@ -33,12 +34,14 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fairseq_qn.artifact import strict_json
 from fairseq_qn.errors import EncodeError, FormatError
 
 FORMAT = "fairseq_qn"
 VERSION = 2
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-MAX_MANIFEST_BYTES = 1 << 23  # of JSON; a RoBERTa-base has 14 kB, and the objects of 8 MB may take 200
+MAX_HEADER_BYTES = 1 << 21  # a RoBERTa-base has 12 kB
+MAX_MANIFEST_BYTES = 1 << 21  # of JSON; a RoBERTa-base has 14 kB
+MAX_TENSORS = 10_000  # a RoBERTa-base has 264
 MAX_RANK = 64  # numpy's limit
 
 DTYPES = {
@@ -58,6 +61,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spec = tuple[torch.dtype, tuple[int, ...]]
 PathLike = str | os.PathLike[str]
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+_REPR.maxdict = 8
 _BLANK = "0" * 64
 _DIGEST_BYTES = 32
 _FIELDS = {  # version -> the metadata's fields
@@ -74,17 +80,24 @@ def nbytes(spec: Spec) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def record_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a tensor of the manifest's table."""
+    return math.prod(record["shape"]) * DTYPES[record["dtype"]].itemsize
+
+
 def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     """The specs in file order: by falling item size, so that each tensor is aligned to its items, then by name.
 
     Raises: EncodeError for a name, dtype or shape that the file cannot hold.
     """
+    if len(specs) > MAX_TENSORS:
+        raise EncodeError(f"expected at most {MAX_TENSORS} tensors, found {len(specs)}; the file holds no more")
     for name, (dtype, shape) in specs.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise EncodeError(f"tensor {name!r}: expected a name other than '__metadata__'; rename it")
         if dtype not in _NAMES:
             raise EncodeError(f"tensor {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}; convert it first")
-        if not _is_shape(list(shape)):
+        if not is_shape(list(shape)):
             raise EncodeError(
                 f"tensor {name!r}: expected up to {MAX_RANK} sizes >= 0, found {short(shape)}; reshape it"
             )
@@ -104,12 +117,12 @@ def encode(specs: Mapping[str, Spec], manifest: Mapping[str, Any], digests: Mapp
         entries[name] = {**_record(spec), "data_offsets": [begin, begin := begin + nbytes(spec)]}
     raw_digests = b"".join(digests.get(name, bytes(_DIGEST_BYTES)) for name in sorted(specs))
     try:
-        text = _json(_plain(manifest)).encode()
+        text = strict_json.dumps(_plain(manifest)).encode()
         meta = {
             "digests": b85encode(raw_digests).decode(), "format": FORMAT, "header_sha256": _BLANK,
             "manifest": b85encode(zlib.compress(text, 9)).decode(), "version": str(VERSION),
         }  # fmt: skip
-        body = _json({"__metadata__": meta, **entries}).encode()
+        body = strict_json.dumps({"__metadata__": meta, **entries}).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         found = repr(error.object[error.start])
         raise EncodeError(
@@ -131,7 +144,7 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
     """
     raw = _verified_bytes(file, path)
     with _named(path, "the tensors and metadata of a fairseq_qn file"):
-        header = _strict_json(raw[8:].decode())
+        header = strict_json.loads(raw[8:].decode())
         meta = header.pop("__metadata__")
         if meta["format"] != FORMAT:
             raise ValueError(f"format {short(meta['format'])}")
@@ -144,7 +157,7 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
         if meta.keys() != _FIELDS[version]:
             raise ValueError(f"metadata {short(sorted(meta))}")
         text = meta["manifest"] if version == "1" else _inflated(b85decode(meta["manifest"])).decode()
-        manifest = {**_strict_json(text)}
+        manifest = {**strict_json.loads(text)}
         table = dict(manifest["tensors"].items()) if version == "1" else _table(specs, b85decode(meta["digests"]))
         if version != "1" and "tensors" in manifest:
             raise ValueError("a table of tensors within the manifest")
@@ -154,14 +167,14 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
 
 def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") -> FormatError:
     """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file again."""
-    todo = todo or "the file is damaged or not of fairseq_qn: copy or save it again"
-    return FormatError(" ".join(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}".splitlines()))
+    todo = todo or "damaged, or not of fairseq_qn: fetch or save it again"
+    return FormatError(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}")
 
 
 def short(value: Any) -> str:
-    """The repr, on one line, cut at 100 characters: a damaged file may hold anything."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size and depth."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:
@@ -179,13 +192,15 @@ def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:
         raise bad(path, "header", "a header_sha256", "none")
     actual = hashlib.sha256(_DIGEST.sub(_BLANK.encode(), raw)).hexdigest()
     if actual != digests[0].decode():
-        raise bad(path, "header", f"sha256 {digests[0].decode()}", actual)
+        raise bad(path, "header", f"sha256 {digests[0].decode()[:16]}...", f"{actual[:16]}...")
     return raw
 
 
 def _check_entries(header: dict[str, Any], path: PathLike, data_bytes: int) -> dict[str, Spec]:
     """Specs in file order, from entries that cover the `data_bytes` after the header with no gap or overlap."""
     spans = []
+    if len(header) > MAX_TENSORS:
+        raise bad(path, "tensors", f"at most {MAX_TENSORS}", str(len(header)))
     for name, entry in header.items():
         if not _is_entry(entry):
             raise bad(path, f"tensor {short(name)}", "a known dtype, a shape and two offsets", short(entry))
@@ -253,10 +268,10 @@ def _is_entry(entry: Any) -> bool:
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return False
     known = type(entry["dtype"]) is str and entry["dtype"] in DTYPES
-    return known and _is_shape(entry["shape"]) and _are_sizes(entry["data_offsets"])
+    return known and is_shape(entry["shape"]) and _are_sizes(entry["data_offsets"])
 
 
-def _is_shape(shape: Any) -> bool:
+def is_shape(shape: Any) -> bool:
     """Sizes whose product, without the zeros, torch can count in bytes with int64."""
     return _are_sizes(shape) and len(shape) <= MAX_RANK and math.prod(size for size in shape if size) < 1 << 60
 
@@ -268,7 +283,7 @@ def _are_sizes(sizes: Any) -> bool:
 def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the manifest by way of JSON; what reading would not give back equal is refused."""
     try:
-        copy = json.loads(_json(manifest))
+        copy = strict_json.loads(strict_json.dumps(manifest))
     except (TypeError, ValueError, RecursionError) as error:
         raise EncodeError(f"manifest: expected plain JSON data, without NaN or infinity; {error}") from None
     if type(copy) is not dict or "tensors" in copy:
@@ -276,21 +291,3 @@ def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if copy != manifest:
         raise EncodeError("manifest: expected text as keys and lists, not tuples; convert them first")
     return copy
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _strict_json(text: str) -> Any:
-    """JSON without what Python adds to it (NaN, Infinity) and without keys that occur twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(result := dict(pairs)) != len(pairs):
-            raise ValueError("a key that occurs twice")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant}, which is not JSON")
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)

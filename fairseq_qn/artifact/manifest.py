@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import bz2
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from fairseq_qn.recipe import GRANULARITIES, MAX_BLOCK_SIZE, MAX_CENTROIDS
 
 VERSION = header.VERSION
 ASSET = "asset:"
-MAX_ASSET_BYTES = 1 << 28  # a file inside the file; guards against a few bytes that unpack to gigabytes
+# Guards against a few bytes that become gigabytes: at most BASE + TIMES * what is stored.
+ASSETS_BASE, ASSETS_TIMES = 1 << 25, 8  # bytes of all files that travel inside, unpacked
+DECODED_BASE, DECODED_TIMES = 1 << 28, 128  # bytes of all weights, decoded to fp32; blocks of 16 by 256 are 64 times theirs
 
 _FIELDS = {
     "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict, "ties": list,
@@ -41,9 +44,10 @@ _FIELDS = {
 
 def check(manifest: Mapping[str, Any], path: str) -> None:
     """Raise FormatError unless the manifest is of this version and agrees with its own table of tensors."""
-    if type(manifest.get("version")) is not int or not 1 <= manifest["version"] <= VERSION:
+    version = manifest.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise FormatError(
-            f"{path}: format version: expected 1 to {VERSION}, found {manifest.get('version')!r}; "
+            f"{path}: format version: expected 1 to {VERSION}, found {short(version)}; "
             "read it with the release of fairseq_qn that wrote it"
         )
     for key, kind in _FIELDS.items():
@@ -52,13 +56,34 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
                 f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again"
             )
     if manifest["parts"] not in codec.FLOATS:
-        raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {manifest['parts']!r}")
+        raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {short(manifest['parts'])}")
     for name, exponent in manifest["exponents"].items():
         if type(exponent) is not int or abs(exponent) > 1000:
-            raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {exponent!r}")
+            raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {short(exponent)}")
     for name, entry in manifest["layers"].items():
-        _check_layer(name, entry, manifest, path)
+        if problem := _problem(name, entry, manifest):
+            raise FormatError(f"{path}: layer {name!r}: {problem}; the file is damaged, fetch it again")
     _check_names(manifest, path)
+    stored = sum(map(header.record_bytes, manifest["tensors"].values()))
+    if problem := layers_excess(manifest, stored):
+        raise FormatError(f"{path}: {problem}; the file is damaged, fetch it again")
+
+
+def layers_excess(manifest: Mapping[str, Any], stored: int) -> str | None:
+    """What is wrong if the layers decode to more memory than a file with `stored` bytes of tensors may ask for, or None."""
+    decoded = sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
+    return _excess("layers in fp32", decoded, DECODED_BASE + DECODED_TIMES * stored, stored)
+
+
+def assets_excess(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """The same of the files that travel inside, unpacked."""
+    stored = sum(tensors[ASSET + name].numel() for name in manifest["assets"])
+    unpacked = sum(entry["bytes"] for entry in manifest["assets"].values())
+    return _excess("files inside, unpacked", unpacked, ASSETS_BASE + ASSETS_TIMES * stored, stored)
+
+
+def _excess(what: str, found: int, most: int, stored: int) -> str | None:
+    return f"{what}: expected at most {most} bytes out of {stored}, found {found}" if found > most else None
 
 
 def pack_asset(data: bytes) -> tuple[dict[str, Any], Tensor]:
@@ -69,28 +94,43 @@ def pack_asset(data: bytes) -> tuple[dict[str, Any], Tensor]:
     return {"bytes": len(data), "codec": codec_name}, tensor
 
 
-def read_assets(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> dict[str, bytes]:
-    """The files that travel inside. Raises FormatError for one that is not what its entry says."""
-    assets = {}
-    for name, entry in manifest["assets"].items():
-        size, codec_name = (entry.get("bytes"), entry.get("codec", "zlib")) if isinstance(entry, dict) else (None, None)
-        if type(size) is not int or not 0 <= size <= MAX_ASSET_BYTES or ASSET + name not in tensors:
-            raise FormatError(
-                f"{path}: asset {name!r}: no such tensor, or no sensible size; the file is damaged, fetch it again"
-            )
-        if codec_name not in ("zlib", "bz2"):
-            raise FormatError(f"{path}: asset {name!r}: codec: expected zlib or bz2, found {short(codec_name)}")
+class Assets(Mapping[str, bytes]):
+    """The files that travel inside, by name, each unpacked when it is asked for.
+
+    Raises FormatError for one that is not what its entry says, and at once for more than a file of this size may unpack to.
+    """
+
+    def __init__(self, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> None:
+        self._entries, self._tensors, self._path = manifest["assets"], tensors, path
+        for name, entry in self._entries.items():
+            size, codec_name = (entry.get("bytes"), entry.get("codec", "zlib")) if isinstance(entry, dict) else (None, None)
+            if type(size) is not int or size < 0 or ASSET + name not in tensors or tensors[ASSET + name].dtype != torch.uint8:
+                raise self._bad(name, "no such tensor, or no sensible size; the file is damaged, fetch it again")
+            if codec_name not in ("zlib", "bz2"):
+                raise self._bad(name, f"codec: expected zlib or bz2, found {short(codec_name)}")
+        if problem := assets_excess(manifest, tensors):
+            raise FormatError(f"{path}: {problem}; the file is damaged, fetch it again")
+
+    def __getitem__(self, name: str) -> bytes:
+        size, codec_name = self._entries[name]["bytes"], self._entries[name].get("codec", "zlib")
         unpacker = zlib.decompressobj() if codec_name == "zlib" else bz2.BZ2Decompressor()
         try:
-            data = unpacker.decompress(tensors[ASSET + name].numpy().tobytes(), size + 1)
+            data = unpacker.decompress(self._tensors[ASSET + name].numpy().tobytes(), size + 1)
         except (zlib.error, OSError) as error:
-            raise FormatError(f"{path}: asset {name!r}: cannot be unpacked: {error}") from None
+            raise self._bad(name, f"cannot be unpacked: {error}; the file is damaged, fetch it again") from None
         if len(data) != size:
-            raise FormatError(
-                f"{path}: asset {name!r}: expected {size} bytes, found {len(data)}{'+' if len(data) > size else ''}"
-            )
-        assets[name] = data
-    return assets
+            more = "+" if len(data) > size else ""
+            raise self._bad(name, f"expected {size} bytes, found {len(data)}{more}; the file is damaged, fetch it again")
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _bad(self, name: str, what: str) -> FormatError:
+        return FormatError(f"{self._path}: asset {name!r}: {what}")
 
 
 def dense_names(manifest: Mapping[str, Any]) -> list[str]:
@@ -101,10 +141,10 @@ def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
 
-def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) -> None:
-    damaged = f"{path}: layer {name!r}: {{}}; the file is damaged, fetch it again"
-    if not isinstance(entry, dict) or not _sizes(entry.get("shape")) or len(entry["shape"]) < 2:
-        raise FormatError(damaged.format("expected a shape of two or more sizes"))
+def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with a layer's entry, or None."""
+    if not isinstance(entry, dict) or not _is_shape(entry.get("shape")):
+        return "expected a shape of two or more sizes"
     if entry.get("scheme") == "product":
         bounds = {"block_size": (1, MAX_BLOCK_SIZE), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
         padding = entry.get("padding_idx", -1)
@@ -114,45 +154,48 @@ def _check_layer(name: str, entry: Any, manifest: Mapping[str, Any], path: str) 
     elif entry.get("scheme") == "integer":
         bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
     else:
-        raise FormatError(damaged.format(f"unknown scheme {entry.get('scheme')!r}"))
+        return f"unknown scheme {short(entry.get('scheme'))}"
     if not legal or any(
         type(entry.get(k)) is not int or not low <= entry[k] <= high for k, (low, high) in bounds.items()
     ):
-        raise FormatError(damaged.format("a field is missing or out of range"))
+        return "a field is missing or out of range"
     try:
         if entry["scheme"] == "product":
             check_block_size(entry["shape"], entry["block_size"], name)
         wanted = codec.layout(entry, codec.FLOATS[manifest["parts"]])
     except BlockSizeError as error:
-        raise FormatError(damaged.format(str(error))) from None
+        return str(error)
     for part, (dtype, shape) in wanted.items():
-        found = manifest["tensors"].get(f"{name}/{part}")
-        expected = [_dtype_name(dtype), list(shape)]
+        found, expected = manifest["tensors"].get(f"{name}/{part}"), [_dtype_name(dtype), list(shape)]
         if found is None or [found["dtype"], list(found["shape"])] != expected:
             shown = "none" if found is None else f"{found['dtype']} {found['shape']}"
-            raise FormatError(damaged.format(f"{part}: expected {expected[0]} {expected[1]}, found {shown}"))
+            return f"{part}: expected {expected[0]} {expected[1]}, found {shown}"
+    return None
 
 
 def _check_names(manifest: Mapping[str, Any], path: str) -> None:
-    """Ties and dropped modules are lists of names, and each weight is stored once."""
+    """Ties and dropped modules are lists of names, each once, and each weight is stored once."""
     stored = {*manifest["layers"], *dense_names(manifest)}
-    dropped, ties = manifest["dropped"], manifest["ties"]
-    if not all(isinstance(name, str) and name for name in dropped):
-        raise FormatError(f"{path}: dropped: expected names of modules, found {short(dropped)}; the file is damaged")
-    twice = manifest["layers"].keys() & manifest["tensors"].keys()
-    for names in ties:
+    dropped, seen = manifest["dropped"], set()
+    if not all(isinstance(name, str) and name for name in dropped) or len({*dropped}) < len(dropped):
+        raise FormatError(
+            f"{path}: dropped: expected names of modules, each once, found {short(dropped)}; the file is damaged"
+        )
+    for names in manifest["ties"]:
         named = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
-        if not named or stored & {*names} != {names[0]}:
+        once = named and len({*names}) == len(names) and seen.isdisjoint(names)
+        if not once or names[0] not in stored or not stored.isdisjoint(names[1:]):
             raise FormatError(
-                f"{path}: ties: expected names of one weight, stored under the first, found {short(names)}; "
+                f"{path}: ties: expected names of one weight, stored under the first, each once, found {short(names)}; "
                 "the file is damaged, fetch it again"
             )
-    if twice:
+        seen.update(names)
+    if twice := manifest["layers"].keys() & manifest["tensors"].keys():
         raise FormatError(f"{path}: {short(min(twice))}: stored dense and quantised; the file is damaged, fetch it again")
 
 
-def _sizes(shape: Any) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+def _is_shape(shape: Any) -> bool:
+    return header.is_shape(shape) and len(shape) > 1 and min(shape) > 0
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -5,7 +5,6 @@ fairseq is not imported: its checkpoint is a dictionary of plain containers, one
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fairseq_qn.artifact.replacing import refuse_same, replacing
 from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 from fairseq_qn.interop import hf_keys as keys
 from fairseq_qn.interop.hf_vocab import PADDING_IDX, Vocabulary, check_rows, read_json, read_vocabulary
@@ -65,10 +65,11 @@ def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
     Post-norm BERT is fairseq's RoBERTa with token type 0 folded into the positions. Embedding rows are permuted to
     fairseq's dictionary; the padding row, which no output depends on, becomes zero as fairseq has it.
 
-    Raises: FormatError (a file is missing or damaged), UnsupportedError (another kind of model),
-        MismatchError (a tensor is missing, unknown, or of another shape than config.json says).
+    Raises: FormatError (a file is missing or damaged), UnsupportedError (another kind of model, or `output` is one of the
+        folder's files), MismatchError (a tensor is missing, unknown, or of another shape than config.json says).
     """
     folder, output = Path(folder), Path(output)
+    refuse_same(output, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.safetensors"))
     config = read_json(folder / "config.json")
     _check_config(config, folder / "config.json")
     vocabulary = read_vocabulary(folder, config["model_type"])
@@ -252,7 +253,8 @@ def _write(output: Path, state: Tensors, args: Namespace, vocabulary: Vocabulary
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"dict.txt": vocabulary.dict_text(), **vocabulary.files}
     for name, text in texts.items():
-        _replace(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline="\n"))
+        with replacing(folder / name) as file:
+            file.write(text.encode())
     if "encoder.json" in texts:
         # without these fairseq would take its own GPT-2 files, whose ids are others than this dictionary's
         args.bpe = "gpt2"
@@ -264,12 +266,6 @@ def _write(output: Path, state: Tensors, args: Namespace, vocabulary: Vocabulary
         "optimizer_history": [history],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
     }
-    _replace(output, lambda path: torch.save(checkpoint, path))
+    with replacing(output) as file:
+        torch.save(checkpoint, file)
     return tuple(folder / name for name in texts)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path` and rename: a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)

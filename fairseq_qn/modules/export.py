@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.artifact import codec, container, manifest
-from fairseq_qn.errors import EncodeError, UnsupportedError
+from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.quant import integer, product
@@ -60,7 +60,10 @@ class Plan:
         """The tensors of the file; completes the manifest's exponents."""
         tensors: dict[str, Tensor] = {}
         for name, view in self.views.items():
-            parts = _encode(view, self.manifest["layers"][name], self.dtype)
+            entry = self.manifest["layers"][name]
+            parts = _encode(view, entry, self.dtype)
+            if not codec.all_finite(entry, parts):
+                raise NonFiniteWeight(f"{view.name}: frozen with NaN or Inf; nothing was written, save an earlier checkpoint")
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
             tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype_of(tensor))

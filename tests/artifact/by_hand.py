@@ -80,4 +80,4 @@ def assert_refused(path: Path, match: str = "expected", readers: tuple[Callable,
             reader(path)
         message = str(error.value)
         assert message.startswith(f"{path}: ") and "expected" in message and "found" in message
-        assert "\n" not in message and len(message) < 700
+        assert "\n" not in message and len(message) <= 300

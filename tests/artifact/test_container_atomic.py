@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ import pytest
 import torch
 from by_hand import small
 
-from fairseq_qn.artifact import container
+from fairseq_qn.artifact import container, replacing
 from fairseq_qn.artifact.container import read, write
+from fairseq_qn.errors import UnsupportedError
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def test_an_exception_leaves_the_old_file_alone(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    owner = {"fsync": os, "replace": os, "sha256": container.hashlib, "open": container}[where]
+    owner = {"fsync": os, "replace": os, "sha256": container.hashlib, "open": replacing}[where]
     if where == "sha256":  # between the tensors: the header has been made, the file is half written
         real = hashlib.sha256
         monkeypatch.setattr(owner, where, lambda raw: fail() if type(raw) is not bytes else real(raw))
@@ -115,7 +119,7 @@ def test_a_refusal_of_the_system_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/secret/temporary/name")
 
-    monkeypatch.setattr(container, "open", refuse, raising=False)
+    monkeypatch.setattr(replacing, "open", refuse, raising=False)
     with pytest.raises(PermissionError, match="cannot write .*f: Permission denied; choose") as caught:
         write(tmp_path / "f", small(), {})
     assert "temporary" not in str(caught.value)
@@ -144,9 +148,9 @@ def test_a_relative_path_and_a_directory_that_cannot_sync(tmp_path: Path, monkey
 
 KILLER = """
     import os, signal, sys, torch
-    from fairseq_qn.artifact import container, header
+    from fairseq_qn.artifact import container, header, replacing
     torch.set_num_threads(1)
-    target, ours, steps = sys.argv[1], {container.__file__, header.__file__}, 0
+    target, ours, steps = sys.argv[1], {module.__file__ for module in (container, header, replacing)}, 0
     left = int(sys.argv[2])
 
     def trace(frame, event, arg):
@@ -190,3 +194,83 @@ def test_a_kill_at_any_line_leaves_the_old_file_or_the_new(tmp_path: Path) -> No
     assert rows[-1] == (0, 1) and all(killed for killed, _ in rows[:-1])
     assert (1, 0) in rows and (1, 1) in rows and len(rows) > 50  # some before the move and some after it
     assert [new for _, new in rows] == sorted(new for _, new in rows)  # one move, from old to new
+    assert os.listdir(tmp_path) == ["f"]  # what the killed left behind was swept by the next
+
+
+def left_behind(path: Path) -> Path:
+    """What a writer to `path` leaves that is killed in the middle."""
+    before = {*path.parent.iterdir()}
+    child = os.fork()
+    if not child:
+        with replacing.replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (temporary,) = {*path.parent.iterdir()} - before
+    assert temporary.read_bytes() == b"half"
+    return temporary
+
+
+def test_the_next_write_to_a_path_sweeps_what_a_killed_one_left(path: Path) -> None:
+    """Of that path only, and never what a live process still writes."""
+    other = path.with_name("other")
+    mine, others = left_behind(path), left_behind(other)
+    with replacing.replacing(path) as file:
+        file.write(b"slow")
+        assert not mine.exists() and others.exists()
+        size = write(path, small(), {"fast": True})
+        assert path.stat().st_size == size and read(path)[1]["fast"]
+    assert path.read_bytes() == b"slow" and others.exists()
+    write(other, {}, {})
+    assert sorted(os.listdir(path.parent)) == sorted([path.name, other.name])
+
+
+def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, swept = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX and not swept:
+            swept.append(file.name)
+            replacing._sweep(path)
+            assert not os.path.exists(file.name)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write(path, small(), {"new": True})
+    assert swept and read(path)[1]["new"] and os.listdir(path.parent) == [path.name]
+
+
+def test_many_writers_of_one_path_all_stay_whole(path: Path) -> None:
+    """Each in a thread, which locks apart as a process does."""
+    failed: list[BaseException] = []
+
+    def writer(value: float) -> None:
+        try:
+            for _ in range(30):
+                write(path, {"a": torch.full((300,), value)}, {})
+                assert len(set(read(path)[0]["a"].tolist())) == 1
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=writer, args=(float(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and os.listdir(path.parent) == [path.name]
+
+
+def test_the_longest_name_that_a_folder_takes(tmp_path: Path) -> None:
+    write(tmp_path / ("x" * 255), small(), {})
+    assert os.listdir(tmp_path) == ["x" * 255]
+
+
+def test_a_file_is_not_written_over_what_it_is_made_from(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("mine")
+    (tmp_path / "link").symlink_to("in")
+    os.link(tmp_path / "in", tmp_path / "hard")
+    for output in ("in", "link", "hard", "../" + tmp_path.name + "/in"):
+        with pytest.raises(UnsupportedError, match="is the input .* itself"):
+            replacing.refuse_same(tmp_path / output, None, tmp_path / "none", tmp_path / "in")
+    replacing.refuse_same(tmp_path / "new", tmp_path / "in")

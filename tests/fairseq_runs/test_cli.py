@@ -264,3 +264,18 @@ def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:
     figures = json.loads(next(row for row in done.stdout.splitlines() if '"valid_loss"' in row).split(" | ")[-1])
     expected = masked.logged("valid")[-1]
     assert float(figures["valid_loss"]) == pytest.approx(expected["valid_loss"], abs=2e-3)
+
+
+def test_no_command_writes_over_its_input(masked: Run, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By its own path, a link or another name; what is lost is looked at before anything is read."""
+    checkpoint, other = tmp_path / "x.pt", tmp_path / "y.pt"
+    checkpoint.write_bytes((masked.folder / "checkpoint_last.pt").read_bytes())
+    other.symlink_to(checkpoint)
+    before = checkpoint.read_bytes()
+    for verb in ("compress", "export-fairseq"):
+        for source, output in ((checkpoint, checkpoint), (checkpoint, other), (other, checkpoint)):
+            assert main([verb, str(source), "-o", str(output)]) == 1
+            assert f"{output}: is the input {source} itself, which would be lost" in capsys.readouterr().err
+    path = write_recipe(tmp_path / "r.yaml", recipe())
+    assert main(["compress", str(checkpoint), "-o", str(path), "--recipe", str(path)]) == 1
+    assert checkpoint.read_bytes() == before and path.read_text().startswith("noise")

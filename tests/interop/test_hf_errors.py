@@ -123,7 +123,7 @@ def test_an_old_checkpoint_survives_a_failure(tmp_path):
     with pytest.raises(MismatchError):
         import_hf(tmp_path / "hf", path)
     assert path.read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*tmp"))
 
 
 def test_half_precision_names_of_tensorflow_and_prefixes(tmp_path):
@@ -147,3 +147,13 @@ def refused(folder: Path, error: type[Exception], word: str) -> None:
         import_hf(folder / "hf", folder / "out" / "model.pt")
     assert word in str(info.value) and "\n" not in str(info.value)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "model.safetensors"])
+def test_no_input_is_written_over(name, tmp_path):
+    folder = tmp_path / "hf"
+    write_bert(folder, LINES)
+    before = (folder / name).read_bytes()
+    with pytest.raises(UnsupportedError, match="is the input .* itself"):
+        import_hf(folder, folder / name)
+    assert (folder / name).read_bytes() == before

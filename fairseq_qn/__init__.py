@@ -16,12 +16,13 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
 if find_spec("fairseq") is not None:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # fairseq's import talks about optional extras of other tasks
+    _logger = logging.getLogger("fairseq")
+    _level = _logger.level
+    _logger.setLevel(logging.WARNING)  # fairseq's import talks about optional extras of other tasks
     try:
         # fairseq imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the package is imported already.
         from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
         from fairseq_qn.tasks import checkpoint_classes
     finally:
-        logging.disable(disabled)
+        _logger.setLevel(_level)
     checkpoint_classes.allow()

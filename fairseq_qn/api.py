@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from fairseq_qn.report import SizeReport
 
 __all__ = ["apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
 
-Builder = Callable[[dict[str, Any], Mapping[str, bytes]], nn.Module]
+Builder = Callable[[dict[str, Any], Mapping[str, bytes], Sequence[str]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}
 
 
@@ -181,6 +182,11 @@ class File:
     plan: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the weights in the file, and of the modules that were left out of it."""
+        return [*self.plan["layers"], *manifest.dense_names(self.plan), *self.plan["dropped"]]
+
     @cached_property
     def assets(self) -> Mapping[str, bytes]:
         """The files that travel inside, by name, each unpacked when it is asked for."""
@@ -198,7 +204,7 @@ class File:
         }
         layers = {name: self._decode(name, entry) for name, entry in plan["layers"].items()}
         if model is None:
-            model = _build(plan, self.assets, self.path)
+            model = _build(self)
         shapes = {name: tuple(t.shape) for name, t in dense.items()} | {
             name: tuple(w.shape) for name, w in layers.items()
         }
@@ -207,6 +213,16 @@ class File:
             model.to(dtype)
         fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
         return model.eval()
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the file's name before what is wrong with its content."""
+        try:
+            yield
+        except (FormatError, UnsupportedError) as error:
+            if str(error).startswith(f"{self.path}:"):
+                raise
+            raise type(error)(f"{self.path}: {error}") from error.__cause__
 
     def _decode(self, name: str, entry: dict[str, Any]) -> Weight:
         parts = {part: self.tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
@@ -237,7 +253,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def register_builder(kind: str, builder: Builder) -> None:
-    """How `load` rebuilds models whose manifest says source.builder == kind: builder(source, assets) -> dense model."""
+    """How `load` rebuilds models whose manifest says source.builder == kind: builder(source, assets, names) -> dense model.
+
+    The source is whatever the file says: the builder has to check it. names: those of the file's weights, and of the modules
+    that were left out.
+    """
     _BUILDERS[kind] = builder
 
 
@@ -246,27 +266,28 @@ def figures(model: nn.Module) -> dict[str, float]:
     views = list(views_of(model))
     frozen = [view for view in views if view.phase == FROZEN]
     total = sum(view.weight.numel() for view in views)
-    result = {
-        "frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total),
-        "predicted_mb": predict_size(model) / 1e6,
-    }
+    result = {"frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total)}
+    with suppress(UnsupportedError):  # a model that no small file can hold trains all the same; `save` says why
+        result["predicted_mb"] = predict_size(model) / 1e6
     for stage in dict.fromkeys(view.rule.stage for view in frozen):
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)
     return result
 
 
-def _build(plan: Mapping[str, Any], assets: Mapping[str, bytes], path: str | Path) -> nn.Module:
-    kind = plan["source"].get("builder") if plan["source"] else None
+def _build(file: File) -> nn.Module:
+    source = file.plan["source"]
+    kind = source.get("builder") if source else None
     if kind is None:
         raise UnsupportedError(
-            f"{path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)"
+            f"{file.path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)"
         )
     if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
-            f"{path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is fairseq installed?"
+            f"{file.path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is fairseq installed?"
         )
-    return _BUILDERS[kind](plan["source"], assets)
+    with file.named():
+        return _BUILDERS[kind](source, file.assets, file.names)
 
 
 def _view_of(match: Match) -> WeightView | None:

@@ -60,8 +60,9 @@ def inspect(args: argparse.Namespace) -> None:
         print(json.dumps(data))
         return
     size = SizeReport(**{key: value for key, value in data["size"].items() if key != "ratio"})
-    model = (data["source"] or {}).get("model", {})
-    print(f"{args.file}: {data['producer']}, format {data['version']}, {model.get('_name') or 'a model of your own'}")
+    model = (data["source"] or {}).get("model")
+    name = model.get("_name") if isinstance(model, dict) else None
+    print(f"{args.file}: {data['producer']}, format {data['version']}, {name or 'a model of your own'}")
     print(f"{str(size).partition(': ')[0]}\n")  # its parts are a table of their own
     print(
         table([(name, f"{n:,}", f"{n / size.total:.1%}") for name, n in size.parts.items()], ("part", "bytes", "share"))

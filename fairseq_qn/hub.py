@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,22 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_qn import api
-from fairseq_qn.artifact import manifest
 from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.errors import FormatError, UnsupportedError
-from fairseq_qn.models.checkpoint import load_checkpoint
-from fairseq_qn.models.describe import build_model, build_task
+from fairseq_qn.models.checkpoint import load_checkpoint, read_checkpoint
+from fairseq_qn.models.describe import build_model, build_task, checked, fairseq_refuses
+from fairseq_qn.models.options import BPE_FILES
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.stock import to_stock
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
+from fairseq_qn.tasks.bpe import Guarded, carry_bpe, checked_text, unpacked
 
 __all__ = [
+    "BPE_FILES",
     "QNRobertaModel",
     "QNTransformerLanguageModel",
     "QNTransformerModel",
+    "carry_bpe",
     "export_fairseq",
     "load_any",
     "load_checkpoint",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 SUFFIX = ".qn.safetensors"
+_FILLER = re.compile(r"madeupword\d{4,}")
 
 
 class QNRobertaHub(RobertaHubInterface):
@@ -56,7 +59,11 @@ class QNRobertaHub(RobertaHubInterface):
         if "<mask>" not in self.task.source_dictionary.indices:
             raise UnsupportedError("fill_mask: the model's dictionary has no <mask>; it was not trained to fill one")
         self.task.mask_idx = self.task.source_dictionary.index("<mask>")  # a classifier's task does not keep it
-        return super().fill_mask(masked_input, topk)
+        try:
+            return super().fill_mask(masked_input, topk)
+        except IndexError as error:  # of the table of positions
+            longest = self.model.max_positions()
+            raise UnsupportedError(f"fill_mask: expected up to {longest} tokens, found more; shorten the sentence") from error
 
     def _need_bpe(self, verb: str) -> None:
         if self.bpe is None:
@@ -66,16 +73,35 @@ class QNRobertaHub(RobertaHubInterface):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
+        """Names of the classes of the first head, in the order of its logits; numbers where the file has no names for them."""
+        return self.labels_of(None) if self.model.classification_heads else []
+
+    def labels_of(self, head: str | None) -> list[str]:
+        """Names of a head's classes, likewise. The label dictionary is of the head that the task trained, and of no other."""
+        head = self._head(head)
+        count = self.model.classification_heads[head].out_proj.out_features
         dictionary = getattr(self.task, "label_dictionary", None)
-        return dictionary.symbols[dictionary.nspecial :] if dictionary is not None else []
+        trained = getattr(self.task.cfg, "classification_head_name", None)
+        if dictionary is None or dictionary is self.task.source_dictionary or (
+            head != trained and len(self.model.classification_heads) > 1
+        ):
+            names = []
+        else:  # fairseq pads a dictionary to a multiple of 8, and its task adds <mask>
+            names = [s for s in dictionary.symbols[dictionary.nspecial :] if s != "<mask>" and not _FILLER.fullmatch(s)]
+        return names if len(names) == count else [str(i) for i in range(count)]
 
     @torch.inference_mode()
     def classify(self, *sentences: str, head: str | None = None) -> list[tuple[str, float]]:
         """[(label, probability)] of one sentence, or of a pair, the likeliest first."""
         chances = self._logits(sentences, head).softmax(-1)
-        names = self.labels if len(self.labels) >= len(chances) else [str(i) for i in range(len(chances))]
-        return sorted(zip(names, chances.tolist(), strict=False), key=lambda item: -item[1])
+        return sorted(zip(self.labels_of(head), chances.tolist(), strict=True), key=lambda item: -item[1])
+
+    def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Any:
+        """Features [batch, length, size], or those of each layer. Raises UnsupportedError for more tokens than positions."""
+        longest = self.model.max_positions()
+        if tokens.size(-1) > longest:
+            raise UnsupportedError(f"expected up to {longest} tokens, found {tokens.size(-1)}; shorten the sentence")
+        return super().extract_features(tokens, return_all_hiddens)
 
     @torch.inference_mode()
     def regress(self, *sentences: str, head: str | None = None) -> float:
@@ -99,21 +125,37 @@ class QNRobertaHub(RobertaHubInterface):
         return head
 
 
+class QNGeneratorHub(hub_utils.GeneratorHubInterface):
+    """fairseq's interface of language and translation models."""
+
+    def _build_batches(self, tokens: Sequence[Tensor], skip_invalid_size_inputs: bool) -> Any:
+        longest = self.max_positions[0] if isinstance(self.max_positions, (tuple, list)) else self.max_positions
+        found = max(map(len, tokens), default=0)
+        if found > longest and not skip_invalid_size_inputs:
+            raise UnsupportedError(f"expected up to {longest} tokens, found {found}; shorten the sentence")
+        return super()._build_batches(tokens, skip_invalid_size_inputs)
+
+
 def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | None = None) -> Any:
     """The interface that fits the file's model, loaded as `load` does: QNRobertaHub, or fairseq's generator interface."""
     file = api.read(find_file(path))
     source = file.plan["source"] or {}
     if source.get("builder") != "fairseq":
         raise UnsupportedError(f"{path}: not a model of fairseq's; load it with fairseq_qn.load(path, model=...)")
-    with _described():
+    with file.named():
+        parts, source = checked_text(source, file.assets), checked(source)
         task = build_task(source, file.assets)  # once: a large dictionary takes as long as the whole model
-        model = build_model(source, task)
+        model = build_model(source, task, file.names)
     model = file.load(mode, model, dtype=dtype)
-    roberta = isinstance(model, QNRobertaModel)
-    with _bpe_config(file, full=not roberta) as config:
-        if roberta:
-            return QNRobertaHub(config, task, model).eval()
-        return hub_utils.GeneratorHubInterface(config, task, [model]).eval()
+    with file.named(), unpacked(parts, file.assets) as parts, fairseq_refuses("source.bpe"):
+        if isinstance(model, QNRobertaModel):
+            interface: Any = QNRobertaHub(_config(parts, OmegaConf.create()), task, model).eval()
+        else:  # with everything else that fairseq configures, which takes 40 ms
+            config = _config(parts, OmegaConf.structured(FairseqConfig))
+            interface = QNGeneratorHub(config, task, [model]).eval()
+    if interface.bpe is not None:
+        interface.bpe = Guarded(interface.bpe, file.path)
+    return interface
 
 
 def roberta_from_pretrained(
@@ -178,7 +220,7 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     """
     refuse_same(output, path)
     model, config, _ = load_checkpoint(path, data)
-    stock, frozen = to_stock(torch.load(path, map_location="cpu", weights_only=True), model, str(path))
+    stock, frozen = to_stock(read_checkpoint(path), model, str(path))
     eps = getattr(config.model, "layer_norm_eps", None)
     own_eps = isinstance(model, QNRobertaModel) and eps is not None and float(eps) != 1e-5
     note = f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}" if own_eps else ""
@@ -187,80 +229,16 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
 
 
-def _build(source: dict[str, Any], assets: dict[str, bytes]) -> nn.Module:
-    with _described():
-        return build_model(source, build_task(source, assets))
-
-
-@contextmanager
-def _described() -> Iterator[None]:
-    """Whatever a source that describes no model makes fairseq raise, as a FormatError."""
-    try:
-        yield
-    except (KeyError, AttributeError, TypeError, AssertionError) as error:
-        raise FormatError(f"source: does not describe a model: {type(error).__name__}: {error}") from error
+def _build(source: dict[str, Any], assets: Mapping[str, bytes], names: Sequence[str]) -> nn.Module:
+    checked_text(source, assets)
+    source = checked(source)
+    return build_model(source, build_task(source, assets), names)
 
 
 api.register_builder("fairseq", _build)
 
 
-@contextmanager
-def _bpe_config(file: api.File, full: bool) -> Iterator[Any]:
-    """fairseq's configuration with the BPE and tokenizer of the file, whose model files lie in a folder for the moment.
-
-    full: with everything else that fairseq configures, which takes 40 ms and which RoBERTa's interface does not read.
-    """
-    source = file.plan["source"]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in file.assets.items():
-            target = Path(folder) / name
-            if not target.resolve().is_relative_to(Path(folder).resolve()):
-                raise FormatError(f"{file.path}: asset {name!r}: leads out of the file's folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        config = OmegaConf.structured(FairseqConfig) if full else OmegaConf.create()
-        with open_dict(config):
-            for key in ("bpe", "tokenizer"):
-                options = source.get(key)
-                config[key] = {k: _located(v, folder) for k, v in options.items()} if options else None
-        yield config
-
-
-def _located(value: Any, folder: str) -> Any:
-    is_asset = isinstance(value, str) and value.startswith(manifest.ASSET)
-    return str(Path(folder) / value[len(manifest.ASSET) :]) if is_asset else value
-
-
-# option of each of fairseq's BPEs -> the ending of its file
-BPE_FILES = {
-    "sentencepiece": {"sentencepiece_model": ".model"},
-    "gpt2": {"gpt2_encoder_json": ".json", "gpt2_vocab_bpe": (".bpe", ".txt")},
-    "qn_wordpiece": {"wordpiece_vocab": ".txt"},
-    "fastbpe": {"bpe_codes": ""},
-    "subword_nmt": {"bpe_codes": ""},
-}
-
-
-def carry_bpe(
-    name: str, files: Sequence[str | Path], options: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(source, assets) for `save`, so that a BPE and its model files travel inside the file.
-
-    files are told apart by their endings. Raises UnsupportedError for a BPE that is not known here or a file too few or many.
-    """
-    if name not in BPE_FILES:
-        raise UnsupportedError(f"--bpe: expected one of {sorted(BPE_FILES)}, found {name!r}")
-    config: dict[str, Any] = {"_name": name, **(options or {})}
-    assets, left = {}, [Path(file) for file in files]
-    for option, ending in BPE_FILES[name].items():
-        found = [file for file in left if file.name.endswith(ending)]
-        if len(found) != 1:
-            raise UnsupportedError(
-                f"--bpe {name}: expected one file for {option} (*{ending}), found {[str(f) for f in found]}"
-            )
-        left.remove(found[0])
-        assets[found[0].name] = found[0].read_bytes()
-        config[option] = manifest.ASSET + found[0].name
-    if left:
-        raise UnsupportedError(f"--bpe {name}: takes no file {str(left[0])!r}")
-    return {"bpe": config}, assets
+def _config(parts: Mapping[str, Any], config: Any) -> Any:
+    with open_dict(config):
+        config.update(parts)
+    return config

@@ -123,6 +123,9 @@ class Assets(Mapping[str, bytes]):
             raise self._bad(name, f"expected {size} bytes, found {len(data)}{more}; the file is damaged, fetch it again")
         return data
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import inspect
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.tasks import TASK_REGISTRY
-from omegaconf import OmegaConf
-from torch import nn
+from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fairseq_qn import api
-from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.artifact.header import short
+from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
+from fairseq_qn.models import options
+from fairseq_qn.models.describe import fairseq_refuses, kind_of, ours
+from fairseq_qn.models.options import CHECKPOINT_MODEL, CHECKPOINT_TASK, FALLBACKS, MODELS, TASKS
 from fairseq_qn.recipe import Recipe
 
 _DRAWS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"}
@@ -32,46 +34,98 @@ def load_checkpoint(
     """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
 
     recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
+    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model` and `task`.
     The file stays mapped: weights are read when they are used, the optimiser's state never. Replace it by renaming, as
     fairseq does, not by writing into it, while the model lives.
-    Raises FormatError, UnsupportedError for an architecture that has no qn_ kind, MismatchError.
+    Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
     """
-    state = _read(path, {"data": data} if data else {})
-    if state.get("cfg") is None and state.get("args") is not None:
-        state["cfg"] = convert_namespace_to_omegaconf(state["args"])
-    config = state["cfg"]
-    _as_quantised(config, recipe, heads, path)
-    task = tasks.setup_task(config.task, from_checkpoint=True)
-    if "task_state" in state:
-        task.load_state_dict(state["task_state"])
-    model = _build(state, config.model, task, draw=False) or _build(state, config.model, task, draw=True)
+    state = read_checkpoint(path)
+    config = _configuration(state, str(path))
+    if data is not None:
+        config.task.data = str(data)
+    if heads:
+        config.model.load_checkpoint_heads = True
+    if recipe is not None:
+        config.task.quant_recipe = config.model.quant_recipe = Recipe.load(recipe).to_json()
+    with fairseq_refuses(str(path), OSError):
+        task = tasks.setup_task(config.task, from_checkpoint=True)
+        model = _build(state, config.model, task, draw=False) or _build(state, config.model, task, draw=True)
     if recipe is not None:  # now that its heads are there: each line has to match
         api.apply(model, Recipe.load(recipe))
     return model.eval(), config, task
 
 
-def _read(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What torch.save wrote, mapped, without unpickling anything but plain data and tensors. Raises FormatError."""
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such checkpoint")
-    try:
-        with _mapped(path):
-            return checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
+    if not hasattr(torch.serialization, "add_safe_globals"):
+        raise UnsupportedError(f"{path}: expected torch 2.4 or later, which reads it safely, found {torch.__version__}")
+    try:  # no file of before torch 1.6 can be mapped
+        state = torch.load(str(path), map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise FormatError(
             f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}"
         ) from error
+    weights = state.get("model") if isinstance(state, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) and type(n) is str for n, t in weights.items()):
+        raise FormatError(f"{path}: expected a fairseq checkpoint, with its tensors by name as `model`, found none")
+    return state
 
 
-@contextmanager
-def _mapped(path: str | Path) -> Iterator[None]:
-    """Let fairseq's torch.load map the file, where that is possible: not for those of before torch 1.6."""
-    load = torch.load
-    if zipfile.is_zipfile(path):
-        torch.load = lambda _, **options: load(str(path), mmap=True, **options)
-    try:
-        yield
-    finally:
-        torch.load = load
+def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
+    """The `model` and `task` of a checkpoint under our names, as fairseq hands them out: only what the tables let through."""
+    args, config = state.get("args"), state.get("cfg")
+    whole = isinstance(config, Mapping)
+    given = {part: _mapping(args if args is not None else config.get(part) if whole else None) for part in ("model", "task")}
+    for part, values in given.items():
+        if values is None:
+            raise FormatError(f"{path}: expected the options of its {part}, found none; is it a fairseq checkpoint?")
+    arch, kind = _ours(given["model"], path)
+    name = given["task"].get("_name") or given["task"].get("task") or "translation"  # the first checkpoints were all of that
+    task_kind = name if type(name) is not str or name.startswith("qn_") else f"qn_{name}"
+    task_kind = options.one_of(TASKS, task_kind, f"{path}: task", UnsupportedError)
+    if "max_positions" in given["model"] and kind == "qn_transformer":  # before they were two options
+        both = dict.fromkeys(("max_source_positions", "max_target_positions"), given["model"]["max_positions"])
+        given["model"] = {**both, **given["model"]}
+    model = options.take({**MODELS[kind], **CHECKPOINT_MODEL}, given["model"], f"{path}: model")
+    task = options.take({**TASKS[task_kind], **CHECKPOINT_TASK}, given["task"], f"{path}: task")
+    options.check_layers({**model, **_kept(model)}, state["model"], f"{path}: model")
+    used = {key: FALLBACKS[key] for key in FALLBACKS.keys() & TASKS[task_kind].keys() | {"seed"}}
+    task = {**used, **task, "_name": task_kind}
+    if MODEL_DATACLASS_REGISTRY.get(kind) is None:
+        made: Any = Namespace(**model, _name=arch, arch=arch)
+    else:
+        known = {key: FALLBACKS[key] for key in ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")}
+        made = {**known, **model, "_name": arch}
+        for key in {"adaptive_input_cutoff", "adaptive_softmax_cutoff"} & made.keys():
+            made[key] = ",".join(map(str, made[key]))  # text to its dataclass
+    return OmegaConf.create({"model": made, "task": task}, flags={"allow_objects": True})
+
+
+def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:
+    """(architecture, model) under our names. Raises UnsupportedError for one that has no qn_ kind."""
+    arch = values.get("_name") or values.get("arch")
+    stock = {name: MODEL_REGISTRY.get(name.removeprefix("qn_")) for name in MODELS}
+    if kind_of(arch, stock):
+        arch = f"qn_{arch}"
+    kind = kind_of(arch, ours())
+    if kind is None:
+        raise UnsupportedError(
+            f"{path}: architecture {short(arch)} has no qn_ kind; expected RoBERTa, transformer or transformer_lm"
+        )
+    return arch, kind
+
+
+def _kept(model: Mapping[str, Any]) -> dict[str, int]:
+    """How many layers a pruned model has."""
+    sides = {f"{side}_layers": model.get(f"{side}_layers_to_keep") for side in ("encoder", "decoder")}
+    return {option: text.count(",") + 1 for option, text in sides.items() if text}
+
+
+def _mapping(options: Any) -> Mapping[str, Any] | None:
+    options = vars(options) if isinstance(options, Namespace) else options
+    return options if isinstance(options, Mapping) else None
 
 
 def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Module | None:
@@ -80,7 +134,8 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
         undrawn.active = not draw
         known = "from_checkpoint" in inspect.signature(task.build_model).parameters
         model = task.build_model(config, from_checkpoint=True) if known else task.build_model(config)
-    model.set_num_updates(state["optimizer_history"][-1].get("num_updates", 0))
+    history = state.get("optimizer_history") or [{}]  # the first checkpoints had none
+    model.set_num_updates(int(history[-1].get("num_updates", 0)))
     weights = checkpoint_utils.prune_state_dict(copy.copy(state["model"]), config)
     model.upgrade_state_dict(weights)
     own = model.state_dict()
@@ -91,7 +146,10 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, name))
-    nn.Module.load_state_dict(model, weights, assign=True)
+    try:
+        nn.Module.load_state_dict(model, weights, assign=True)
+    except RuntimeError as error:  # a line for each tensor
+        raise MismatchError(f"checkpoint: its tensors do not fit its options: {short(' '.join(str(error).split()))}") from error
     for *others, (last, attribute) in owners.values():  # assigned one by one: tie them again
         for module, name in others:
             module._parameters[name] = last._parameters[attribute]
@@ -116,24 +174,3 @@ class _Undrawn(TorchFunctionMode):
 
 def _place(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _as_quantised(config: Any, recipe: str | None, heads: bool, path: str | Path) -> None:
-    OmegaConf.set_struct(config, False)
-    model, task = config.model, config.task
-    arch = getattr(model, "_name", None) or getattr(model, "arch", None)
-    if not arch.startswith("qn_"):
-        if f"qn_{arch}" not in ARCH_MODEL_REGISTRY:
-            raise UnsupportedError(
-                f"{path}: architecture {arch!r} has no qn_ kind; expected RoBERTa, transformer or transformer_lm"
-            )
-        for key in ("_name", "arch"):
-            if getattr(model, key, None):
-                setattr(model, key, f"qn_{getattr(model, key)}")
-    if f"qn_{task._name}" in TASK_REGISTRY:
-        task._name = f"qn_{task._name}"
-    if heads:
-        model.load_checkpoint_heads = True
-    if recipe is not None:
-        text = Recipe.load(recipe).to_json()
-        task.quant_recipe = model.quant_recipe = text

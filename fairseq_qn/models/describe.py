@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import json
-from argparse import SUPPRESS, ArgumentParser, Namespace
-from math import isfinite
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
 from typing import Any
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.dictionary import TruncatedDictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
-from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fairseq_qn.errors import FormatError
+from fairseq_qn.artifact.header import short
+from fairseq_qn.errors import FormatError, QNError, UnsupportedError
+from fairseq_qn.models import options
+from fairseq_qn.models.kinds import NAME
+from fairseq_qn.models.options import DICTIONARIES, MODELS, TASKS, Refusal
 
-DICTIONARIES = ("source_dictionary", "target_dictionary", "label_dictionary")
-_ALWAYS = {
-    "_name",
-    "arch",
-    "max_positions",
-    "max_source_positions",
-    "max_target_positions",
-    "tokens_per_sample",
-    "layer_norm_eps",
-}
 _DRAWS = {"cpu", "normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "copy_"}
 _INDICES = ("bos_index", "pad_index", "eos_index", "unk_index")
+_MAX_COMPUTED = 1 << 22  # numbers of a table of sinusoidal positions; fairseq computes more when a sentence needs them
 
 
-def describe(args: Any, task: Any) -> tuple[dict[str, Any], dict[str, Dictionary]]:
-    """(source, dictionaries by name) of a model that is being built; equal dictionaries are kept once."""
-    config = getattr(task, "cfg", None) or getattr(task, "args", None)
+def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str, Dictionary]]:
+    """(source, dictionaries by name) of a model that is being built; equal dictionaries are kept once.
+
+    Nothing is refused here, for a model may train that no small file can describe: `checked` does that when it is saved.
+    """
     found: dict[str, Dictionary] = {}
     names = {}
     for key in DICTIONARIES:
@@ -45,21 +44,47 @@ def describe(args: Any, task: Any) -> tuple[dict[str, Any], dict[str, Dictionary
         if dictionary is not None:
             names[key] = next((name for name, other in found.items() if other is dictionary), key)
             found[names[key]] = dictionary
-    model = _model_options(plain(args)) | {"quant_recipe": None}
-    task_config = plain(config) | {"quant_recipe": None, "data": ""}
-    return {"builder": "fairseq", "model": model, "task": task_config, "dictionaries": names}, found
+    config = getattr(task, "cfg", None) or getattr(task, "args", None)
+    name = next((name for name, own in ours().items() if own is cls), cls.__name__)
+    parts = {"model": {"_name": name, **_values(args, MODELS.get(name, ()))}}
+    name = next((name for name in TASKS if type(task) in _tasks(name)), type(task).__name__)
+    parts["task"] = {"_name": name, **_values(config, TASKS.get(name, ()))}
+    return {"builder": "fairseq", **parts, "dictionaries": names}, found
 
 
-def _model_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of the model itself, out of the flat namespace of all options that fairseq hands to older models."""
-    name = options.get("_name") or options.get("arch")
-    if name not in ARCH_CONFIG_REGISTRY or name in MODEL_DATACLASS_REGISTRY:
-        return options
-    parser, filled = ArgumentParser(argument_default=SUPPRESS), Namespace()
-    ARCH_MODEL_REGISTRY[name].add_args(parser)
-    ARCH_CONFIG_REGISTRY[name](filled)
-    known = {action.dest for action in parser._actions} | set(vars(filled)) | _ALWAYS
-    return {key: value for key, value in options.items() if key in known}
+def checked(source: Mapping[str, Any], error: Refusal = FormatError) -> dict[str, Any]:
+    """What the table of options lets through of a source: all that fairseq is ever given. Raises `error`, by name."""
+    result: dict[str, Any] = {"builder": "fairseq"}
+    for part, kinds in (("model", MODELS), ("task", TASKS)):
+        given = source.get(part)
+        if not isinstance(given, Mapping):
+            raise error(f"source.{part}: expected options by name, found {short(given)}")
+        name = given.get("_name") or given.get("arch" if part == "model" else "task")
+        name = options.one_of(kinds, kind_of(name, ours()) or name if part == "model" else name, f"source.{part}._name", error)
+        result[part] = {"_name": name, **options.take(kinds[name], given, f"source.{part}", error)}
+    names = source.get("dictionaries")
+    if not isinstance(names, Mapping) or not all(type(n) is str and n in DICTIONARIES for n in (*names, *names.values())):
+        raise error(f"source.dictionaries: expected some of {', '.join(DICTIONARIES)}, found {short(names)}")
+    for key in options.NEEDED[result["task"]["_name"]]:
+        if key not in names:
+            raise error(f"source.dictionaries: expected a {key}, found {short(names)}")
+    heads = _heads(source.get("heads", {}), result["model"]["_name"], error)
+    return {**result, "dictionaries": dict(names), "heads": heads}
+
+
+def _heads(heads: Any, model: str, error: Refusal) -> dict[str, list[int]]:
+    """name -> [classes, inner size] of each classification head."""
+    if not isinstance(heads, Mapping) or len(heads) > options.MAX_HEADS:
+        raise error(f"source.heads: expected up to {options.MAX_HEADS} heads by name, found {short(heads)}")
+    if heads and model != "qn_roberta":
+        raise error(f"source.heads: expected none of a {model}, found {short(heads)}")
+    for head, sizes in heads.items():
+        whole = type(sizes) is list and len(sizes) == 2 and all(type(n) is int and 0 < n <= 1 << 20 for n in sizes)
+        if not whole or not NAME.fullmatch(head):
+            raise error(
+                f"source.heads: expected a name of letters, digits, _ and - with its two sizes, found {short({head: sizes})}"
+            )
+    return dict(heads)
 
 
 def dictionary_bytes(dictionary: Dictionary) -> bytes:
@@ -72,80 +97,113 @@ def dictionary_bytes(dictionary: Dictionary) -> bytes:
 def read_dictionary(data: bytes) -> Dictionary:
     """The dictionary of dictionary_bytes. Raises FormatError."""
     try:
-        fields = json.loads(data)
-        dictionary = Dictionary()
-        dictionary.symbols = list(map(str, fields["symbols"]))
-        dictionary.indices = dict(zip(dictionary.symbols, range(len(dictionary.symbols))))
-        dictionary.count = [1] * len(dictionary.symbols)
-        for name in (*_INDICES, "nspecial"):
-            setattr(dictionary, name, int(fields[name]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"dictionary: cannot be read: {error}; the file is damaged, fetch it again") from None
+        found = json.loads(data)
+        symbols, numbers = found["symbols"], {name: found[name] for name in (*_INDICES, "nspecial")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"dictionary: cannot be read: {short(error)}; the file is damaged, fetch it again") from None
+    whole = type(symbols) is list and all(type(symbol) is str for symbol in symbols)
+    if not whole or not all(type(n) is int and 0 <= n < len(symbols) + (name == "nspecial") for name, n in numbers.items()):
+        raise FormatError(f"dictionary: expected a list of symbols and numbers of some, found {short(numbers)}")
+    dictionary = Dictionary()
+    dictionary.symbols = symbols
+    dictionary.indices = dict(zip(symbols, range(len(symbols))))
+    dictionary.count = [1] * len(symbols)
+    for name, number in numbers.items():
+        setattr(dictionary, name, number)
     return dictionary
 
 
-def build_task(source: dict[str, Any], assets: dict[str, bytes]) -> Any:
-    """The task of a file, without its data directory."""
-    name = source["task"].get("_name") or source["task"].get("task")
-    if name not in TASK_REGISTRY:
-        raise FormatError(f"source.task: no task {name!r} is registered; import the plugin that it comes from")
-    cls = TASK_REGISTRY[name]
-    config = _config(source["task"], TASK_DATACLASS_REGISTRY.get(name))
-    made = {key: read_dictionary(assets[f"{key}.json"]) for key in dict.fromkeys(source["dictionaries"].values())}
-    found = {key: made[name] for key, name in source["dictionaries"].items()}
-    first = found["source_dictionary"]
-    if issubclass(cls, LanguageModelingTask):
-        size = source["task"].get("output_dictionary_size", -1)
-        return cls(config, first, TruncatedDictionary(first, size) if size >= 0 else first)
-    if "label_dictionary" in found:
-        return cls(config, first, found["label_dictionary"])
-    both = found.get("target_dictionary", first)
-    return cls(config, first) if both is first and name.endswith("masked_lm") else cls(config, first, both)
+def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:
+    """The task of a source that `checked` has passed, without its data directory."""
+    name, names = source["task"]["_name"], source["dictionaries"]
+    for key in dict.fromkeys(names.values()):
+        if f"{key}.json" not in assets:
+            raise FormatError(f"source.dictionaries: the file carries no {key}.json; it is damaged, fetch it again")
+    made = {key: read_dictionary(assets[f"{key}.json"]) for key in dict.fromkeys(names.values())}
+    found = {key: made[name] for key, name in names.items()}
+    given = {**_defaults(TASK_DATACLASS_REGISTRY[name]), **source["task"], "data": ""}
+    with fairseq_refuses("source.task"):
+        cls, config, first = TASK_REGISTRY[name], OmegaConf.create(given), found["source_dictionary"]
+        if name == "qn_masked_lm":
+            return cls(config, first)
+        if name == "qn_language_modeling":
+            size = given["output_dictionary_size"]
+            return cls(config, first, TruncatedDictionary(first, size) if size >= 0 else first)
+        return cls(config, first, found[options.NEEDED[name][1]])
 
 
-def build_model(source: dict[str, Any], task: Any) -> nn.Module:
-    """The dense model of a file, its tensors on the meta device: they take no memory until they are filled in."""
-    name = source["model"].get("_name") or source["model"].get("arch")
-    cls = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
-    if cls is None:
-        raise FormatError(f"source.model: no architecture {name!r} is registered; import the plugin that it comes from")
-    dataclass = MODEL_DATACLASS_REGISTRY.get(name) or getattr(cls, "__dataclass", None)
-    args = _config(source["model"], dataclass)
-    with torch.device("meta"), NoData():
-        model = cls.build_model(args, task)
-        for head, (classes, inner) in source.get("heads", {}).items():
+def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> nn.Module:
+    """The dense model of a source that `checked` has passed, on the meta device: tensors take no memory until they are filled.
+
+    stored: names of the file's tensors, and of modules that were left out of it.
+    """
+    options.check_layers(source["model"], stored, "source.model")
+    name = source["model"]["_name"]
+    args = Namespace(**{**_defaults(MODEL_DATACLASS_REGISTRY.get(name)), **source["model"]})
+    with fairseq_refuses("source.model"), torch.device("meta"), NoData():
+        model = MODEL_REGISTRY[name].build_model(args, task)
+        for head, (classes, inner) in source["heads"].items():
             model.register_classification_head(head, classes, inner)
     for module in model.modules():
         if isinstance(module, SinusoidalPositionalEmbedding):  # computed, not stored
-            rows = module.weights.shape[0]
+            rows = min(module.weights.shape[0], max(8, _MAX_COMPUTED // module.embedding_dim))
             module.weights = module.get_embedding(rows, module.embedding_dim, module.padding_idx)
     return model
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """The options of a configuration that are plain data: numbers, text, lists of them."""
-    if OmegaConf.is_config(config):
-        items = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    elif isinstance(config, Namespace):
-        items = vars(config)
-    else:
-        items = {key: getattr(config, key) for key in config.__dataclass_fields__}
-    return json.loads(json.dumps({key: value for key, value in items.items() if _is_plain(value)}))  # lists for tuples
+@contextmanager
+def fairseq_refuses(where: str, *passed: type[BaseException]) -> Iterator[None]:
+    """Whatever fairseq raises for options that are legal each, and do not fit one another, as a FormatError."""
+    try:
+        yield
+    except (QNError, *passed):
+        raise
+    except ImportError as error:  # a tokeniser's library
+        raise UnsupportedError(f"{where}: {_line(error)}") from error
+    except (Exception, SystemExit) as error:  # asserts, missing keys, division by zero, ...
+        raise FormatError(f"{where}: does not describe a model: {type(error).__name__}: {_line(error)}") from error
 
 
-def _config(data: dict[str, Any], dataclass: type | None) -> Any:
-    """As fairseq hands it out: a DictConfig where there is a dataclass, a Namespace otherwise."""
-    if dataclass is None:
-        return Namespace(**data)
-    return OmegaConf.create(data)
+def _line(error: BaseException) -> str:
+    return short(" ".join(str(error).split())).strip("'\"")
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, str) or (isinstance(value, (int, float)) and isfinite(value))
+def kind_of(architecture: Any, kinds: Mapping[str, type | None]) -> str | None:
+    """Which of these models an architecture's name stands for, if any."""
+    cls = ARCH_MODEL_REGISTRY.get(architecture) if type(architecture) is str else None
+    return next((kind for kind, own in kinds.items() if own is not None and own is cls), None)
+
+
+def ours() -> dict[str, type | None]:
+    """The class of each model of the table."""
+    return {name: MODEL_REGISTRY.get(name) for name in MODELS}
+
+
+def _tasks(name: str) -> tuple[type | None, type | None]:
+    return TASK_REGISTRY.get(name), TASK_REGISTRY.get(name.removeprefix("qn_"))
+
+
+def _defaults(dataclass: type | None) -> dict[str, Any]:
+    """fairseq's own defaults of a model or task, as far as they stand by themselves."""
+    found = {}
+    for field in fields(dataclass) if dataclass else ():
+        if isinstance(field.default, str) and ("${" in field.default or field.default == "???"):
+            if field.name in options.FALLBACKS:
+                found[field.name] = options.FALLBACKS[field.name]
+        elif field.default is None or type(field.default) in (bool, int, float, str):
+            found[field.name] = field.default
+    return found
+
+
+def _values(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of a configuration's options, as plain data, that are set."""
+    return {name: value for name in names if (value := _plain(getattr(config, name, None))) is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if OmegaConf.is_list(value) or isinstance(value, tuple) else value
 
 
 class NoData(TorchFunctionMode):

@@ -18,7 +18,8 @@ from fairseq.models import (
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_qn import api
-from fairseq_qn.models.describe import describe, dictionary_bytes
+from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.models.describe import checked, describe, dictionary_bytes
 from fairseq_qn.modules.adopt import adopt
 from fairseq_qn.modules.view import views_of
 from fairseq_qn.recipe import Recipe, short_recipe
@@ -46,7 +47,7 @@ class QuantisedModel:
             if recipe is not None:
                 remember(args, "model", "quant_recipe", recipe.to_json())
             model = super().build_model(args, task)
-            model.__dict__["_qn_source"] = describe(args, task)
+            model.__dict__["_qn_source"] = describe(cls, args, task)
             if recipe is not None and not hasattr(task, "boundaries"):
                 model.__dict__["_qn_stock_task"] = getattr(_config_of(task), "_name", type(task).__name__)
         if recipe is not None:
@@ -54,11 +55,15 @@ class QuantisedModel:
         return model
 
     def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads, dictionaries."""
+        """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads, dictionaries.
+
+        Raises UnsupportedError for a model, a task or an option that the small file cannot describe.
+        """
         source, dictionaries = self.__dict__["_qn_source"]
         heads = getattr(self, "classification_heads", {})
         sizes = {name: [head.out_proj.out_features, head.dense.out_features] for name, head in heads.items()}
-        return {**source, "heads": sizes}, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
+        source = checked({**source, "heads": sizes}, _unsaved)
+        return source, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; one line when a training begins whose task is fairseq's own."""
@@ -123,6 +128,11 @@ def _seed_of(config: Any) -> int:
 
 def _config_of(task: Any) -> Any:
     return getattr(task, "cfg", None) or getattr(task, "args", None)
+
+
+def _unsaved(why: str) -> UnsupportedError:
+    todo = "to load it into a model of your own, save it with source={'builder': None}"
+    return UnsupportedError(f"save: the small file cannot describe {why}; {todo}")
 
 
 @contextmanager

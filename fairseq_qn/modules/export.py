@@ -114,7 +114,8 @@ def _source(
     model: nn.Module, source: Mapping[str, Any] | None, assets: Mapping[str, bytes] | None
 ) -> tuple[Any, dict[str, bytes]]:
     """(source, files): as given, over what the model itself says of how to rebuild it."""
-    describe: Describe | None = getattr(model, "qn_describe", None)
+    given = "builder" in (source or {})  # then the model is not asked how it is built
+    describe: Describe | None = None if given else getattr(model, "qn_describe", None)
     own, files = describe() if describe else ({}, {})
     merged = {**own, **(source or {})}
     return merged or None, {**files, **(assets or {})}

@@ -1,0 +1,258 @@
+"""Forged sources under right digests: each loads, or is refused by name; none runs, reads, fetches or leaks anything."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from described import KINDS, ask, save, watched
+from forging import parts
+
+import fairseq_qn
+from fairseq_qn import hub
+from fairseq_qn.artifact import container, manifest
+from fairseq_qn.errors import FormatError, QNError
+from fairseq_qn.models.describe import checked
+from fairseq_qn.models.options import BPE_FILES, MODELS, TASKS
+
+EDITS = int(os.environ.get("QN_FUZZ_EDITS", "60"))  # of each kind of model
+SEED = int(os.environ.get("QN_FUZZ_SEED", "0"))
+Patch = pytest.MonkeyPatch
+MARK = "qn_trap"  # in whatever would run, be opened or be read
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("described")
+    return {kind: save(kind, folder / f"{kind}.qn.safetensors") for kind in KINDS}
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: Patch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # thousands of files
+
+
+def hostile(trap: Path) -> list[Any]:
+    code = f"open({str(trap)!r}, 'w')"
+    return [
+        code, f"__import__('os').environ[{MARK!r}]", f"${{oc.env:{MARK}}}", f"${{oc.env:{MARK},x}}", "${model}", "${",
+        str(trap), f"../{MARK}", f"asset:../{MARK}", f"asset:{trap}", f"http://127.0.0.1:9/{MARK}", f"file://{trap}", "asset:",
+        f"{{'version': 1, 'rules': [], 'x': {code}}}", "[(1, 64), (2, 128)]", "0,2,4", "1,2", "20000,60000", "x" * 100_000, "{",
+        "}", "{0}", "\n", "\x1b[31m", "é", "", "nan", "1e3", None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 31, 32, 300, 511, 513,
+        65_536, 10**6, 10**9, 10**18, -(10**18), 0.5, -0.5, 1e-300, 1e300, [], {}, [[]], [1, 2], [2, 1], [1] * 1000, ["a"],
+        [code], {"a": code}, {"_name": "qn_roberta"}, {"_target_": f"{MARK}.run"}, [10**18, 10**18], *KINDS, *TASKS,
+        *(name.removeprefix("qn_") for name in (*MODELS, *TASKS)), "wav2vec2", "fconv", "lstm", "audio_finetuning",
+        "translation_moe", "gpt2", "sentencepiece", "fastbpe", "hf_byte_bpe", "bert", "moses", "space", "mood", "keys",
+    ]  # fmt: skip
+
+
+NAMES = [
+    *"""adaptive_softmax_cutoff adaptive_input_cutoff adaptive_input adaptive_softmax_factor character_filters
+    character_embeddings encoder_embed_path decoder_embed_path quant_recipe quant_noise_pq quant_noise_scalar
+    conv_feature_layers xformers_att_config encoder_xformers_att_config decoder_xformers_att_config base_layers encoder
+    decoder quant_noise embed_path encoder_layers_to_keep decoder_layers_to_keep data eval_bleu eval_bleu_detok
+    eval_bleu_detok_args eval_bleu_args w2v_path tie_adaptive_weights checkpoint_activations offload_activations
+    spectral_norm_classification_head builder _name arch task _target_ export user_dir bpe tokenizer source_lang heads
+    dictionaries label_dictionary gpt2_encoder_json sentencepiece_model bpe_codes""".split(),
+    *(name for table in (*MODELS.values(), *TASKS.values()) for name in table),
+]  # fmt: skip
+
+
+def places(data: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every place in nested data."""
+    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()):
+        yield data, key
+        yield from places(value)
+
+
+def edited(source: dict[str, Any], draw: random.Random, values: list[Any]) -> dict[str, Any]:
+    """A copy with one to three edits: a value changed, left out or moved, or an option added that was not there."""
+    source = copy.deepcopy(source)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        homes = [home for home, _ in places(source) if isinstance(home, dict)] + [source]
+        home, key = draw.choice(list(places(source)))
+        kind = draw.random()
+        if kind < 0.5:
+            home[key] = copy.deepcopy(draw.choice(values))
+        elif kind < 0.9:
+            draw.choice(homes)[draw.choice(NAMES)] = copy.deepcopy(draw.choice(values))
+        elif isinstance(home, dict):
+            value = home.pop(key)
+            if kind < 0.95:
+                draw.choice(homes)[draw.choice(NAMES)] = value
+    return source
+
+
+def try_all(path: Path, forged: Any, monkeypatch: Patch, trap: Path) -> str:
+    """What becomes of a forged file: "answered", or the refusal."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    try:
+        with watched(monkeypatch, MARK):
+            fairseq_qn.load(path)
+            ask(hub.load_interface(path, "packed"))
+        outcome = "answered"
+    except QNError as error:
+        outcome = str(error)
+        assert "\n" not in outcome and len(outcome) < 700 and "a secret" not in outcome, outcome
+    except BaseException as error:
+        raise AssertionError(f"{json.dumps(forged)[:3000]} raised {error!r}") from error
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 10 and after.ru_maxrss - before.ru_maxrss < 300_000, json.dumps(forged)[:3000]
+    assert not trap.exists()
+    return outcome
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    tensors, plan = parts(files[kind])
+    trap, path = tmp_path / MARK, tmp_path / "f.qn.safetensors"
+    draw, values, refused = random.Random(f"{kind} {SEED}"), hostile(trap), 0
+    for _ in range(EDITS):
+        forged = edited(plan["source"], draw, values)
+        container.write(path, tensors, {**plan, "source": forged})
+        refused += try_all(path, forged, monkeypatch, trap) != "answered"
+    assert EDITS / 5 < refused < EDITS, "some edits matter, some do not"
+
+
+
+def forge(saved: Path, target: Path, source: dict[str, Any], assets: dict[str, bytes] | None = None) -> Path:
+    """The file with parts of its source changed (part -> options, or the whole part), and with files inside replaced."""
+    tensors, plan = parts(saved)
+    for name, change in source.items():
+        part = plan["source"].get(name)
+        plan["source"][name] = {**part, **change} if isinstance(part, dict) and isinstance(change, dict) else change
+    for name, data in (assets or {}).items():
+        plan["assets"][name], tensors[f"asset:{name}"] = manifest.pack_asset(data)
+    container.write(target, tensors, plan)
+    return target
+
+
+def refusal(path: Path, monkeypatch: Patch) -> str:
+    outcome = try_all(path, str(path), monkeypatch, path.parent / MARK)
+    assert outcome != "answered" and path.name in outcome
+    return outcome
+
+
+CODE = [f"open({MARK!r}, 'w')", f"${{oc.env:{MARK}}}", [f"open({MARK!r}, 'w')"], {"_name": MARK}, 10**18, -5, float(2**80)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_option_takes_code(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    """Every option of the tables, set to what fairseq evaluates or what fits no option: refused under its name."""
+    monkeypatch.chdir(tmp_path)
+    source = fairseq_qn.inspect(files[kind])["source"]
+    tables = [("model", MODELS[kind]), ("task", TASKS[source["task"]["_name"]])]
+    for part, name in ((part, name) for part, table in tables for name in table):
+        for value in CODE:
+            with pytest.raises(FormatError, match=rf"^source\.{part}\.{name}: expected "):
+                checked({**source, part: {**source[part], name: value}})
+    path = forge(files[kind], tmp_path / "f.qn.safetensors", {part: {name: CODE[0]}})
+    assert f"source.{part}.{name}: expected" in refusal(path, monkeypatch)
+
+
+def test_what_no_table_holds_is_ignored(files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    """Files of versions before hold all of fairseq's options; code in those, and paths, are left where they are."""
+    monkeypatch.chdir(tmp_path)
+    trap = tmp_path / MARK
+    for kind in KINDS:
+        known = {name for table in (*MODELS.values(), *TASKS.values()) for name in table}
+        more = {name: f"open({str(trap)!r}, 'w')" for name in {*NAMES} - known - {"_name", "arch", "task"}}
+        more |= {"encoder_embed_path": str(trap), "quant_recipe": str(trap), "data": f"http://127.0.0.1:9/{MARK}"}
+        path = forge(files[kind], tmp_path / "f.qn.safetensors", {"model": more, "task": more})
+        assert try_all(path, more, monkeypatch, trap) == "answered"
+        ours, theirs = (fairseq_qn.load(p).state_dict() for p in (path, files[kind]))
+        assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+REFUSED = {
+    "another model": ({"model": {"_name": "wav2vec2", "conv_feature_layers": f"open({MARK!r}, 'w')"}}, "source.model._name"),
+    "a stock model": ({"model": {"_name": "roberta"}}, "source.model._name"),
+    "another of ours": ({"model": {"_name": "qn_transformer"}}, "source"),
+    "another task": ({"task": {"_name": "translation_moe"}}, "source.task._name"),
+    "a task of lists": ({"task": ["qn_masked_lm"]}, "source.task"),
+    "characters": ({"model": {"_name": "qn_transformer_lm", "character_embeddings": True}}, "character_embeddings"),
+    "many layers": ({"model": {"encoder_layers": 400}}, "encoder_layers: expected up to 2"),
+    "heads that do not divide": ({"model": {"encoder_attention_heads": 3}}, "source.model"),
+    "a head's name": ({"heads": {"keys": [2, 8]}}, "source.model"),
+    "a head with a path": ({"heads": {"a.b": [2, 8]}}, "source.heads"),
+    "many heads": ({"heads": {f"h{n}": [2, 8] for n in range(300)}}, "source.heads"),
+    "a head of more": ({"heads": {"mood": [3, 8]}}, "classification_heads.mood.out_proj"),
+    "no dictionary": ({"dictionaries": []}, "source.dictionaries"),
+    "another dictionary": ({"dictionaries": {"source_dictionary": "../x"}}, "source.dictionaries"),
+    "a BPE unknown here": ({"bpe": {"_name": "hf_byte_bpe", "bpe_merges": MARK}}, "source.bpe._name"),
+    "a BPE from disk": ({"bpe": {"gpt2_encoder_json": f"/{MARK}"}}, "source.bpe.gpt2_encoder_json"),
+    "a BPE from elsewhere": ({"bpe": {"gpt2_encoder_json": f"asset:../{MARK}"}}, "source.bpe.gpt2_encoder_json"),
+    "a BPE from the net": ({"bpe": {"gpt2_vocab_bpe": f"http://127.0.0.1:9/{MARK}"}}, "source.bpe.gpt2_vocab_bpe"),
+    "a BPE by default, from the net": ({"bpe": {"_name": "gpt2", "gpt2_vocab_bpe": None}}, "source.bpe.gpt2_vocab_bpe"),
+    "a BPE by interpolation": ({"bpe": {"gpt2_vocab_bpe": f"asset:${{oc.env:{MARK}}}"}}, "source.bpe.gpt2_vocab_bpe"),
+    "a tokenizer": ({"tokenizer": {"_name": "moses", "source_lang": f"../{MARK}"}}, "source.tokenizer.source_lang"),
+    "a tokenizer unknown here": ({"tokenizer": {"_name": MARK}}, "source.tokenizer._name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, named = REFUSED[what]
+    path = tmp_path / "f.qn.safetensors"
+    inside = {f"${{oc.env:{MARK}}}": b"#version: 0.2\n", f"../{MARK}": b"#version: 0.2\n"}
+    outcome = try_all(forge(files["qn_roberta"], path, source, inside), source, monkeypatch, tmp_path / MARK)
+    assert named in outcome and (path.name in outcome or "out_proj" in named)
+
+
+BROKEN = {
+    "source_dictionary.json": [b"", b"[]", b"{}", b"[" * 100_000, b'{"symbols": []}', b"\xff", b'{"symbols": [1]}'],
+    "encoder.json": [b"", b"[]", b"[" * 100_000, b"{}", b'{"a": []}', b"\xff", b"null", b'{"k": NaN}'],
+    "vocab.bpe": [b"\xff\xfe", b"#version: 0.2\nk\n", b"#version: 0.2\nk a\nka lo x\n"],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_inside_that_make_no_sense(name: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    """An empty dictionary above all: fairseq then reads dict.txt of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dict.txt").write_text("".join(f"{n} 1\n" for n in range(300)))
+    tensors, plan = parts(files["qn_roberta"])
+    empty = {"symbols": [], "nspecial": 0, **{f"{word}_index": 0 for word in ("bos", "pad", "eos", "unk")}}
+    for data in [*BROKEN[name], *([json.dumps(empty).encode()] if name.startswith("source") else [])]:
+        path = forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", {}, {name: data})
+        outcome = try_all(path, data.decode(errors="replace"), monkeypatch, tmp_path / MARK)
+        assert outcome != "answered" or name == "vocab.bpe"
+
+
+@pytest.mark.parametrize("bpe", ["sentencepiece", "qn_wordpiece", "subword_nmt", "fastbpe"])
+def test_other_bpes_that_make_no_sense(bpe: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    option = next(iter(BPE_FILES[bpe]))
+    for data in (b"", b"a", b"\xff" * 9, b"a b c d\na b\n", b"\n" * 9):
+        config = {"_name": bpe, option: "asset:vocab.bpe", "bpe_separator": "@@"}
+        refusal(forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", {"bpe": config}, {"vocab.bpe": data}), monkeypatch)
+
+
+def test_positions_that_are_computed_take_no_memory(files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    """They are in no tensor that could give the claim away."""
+    sizes = {"max_source_positions": 1 << 20, "max_target_positions": 1 << 20}
+    path = forge(files["qn_transformer"], tmp_path / "f.qn.safetensors", {"model": sizes, "task": sizes})
+    assert try_all(path, sizes, monkeypatch, tmp_path / MARK) == "answered"
+    table = fairseq_qn.load(path).encoder.embed_positions.weights
+    assert table.numel() <= 1 << 22
+    few = fairseq_qn.load(files["qn_transformer"]).encoder.embed_positions.weights
+    assert table[: len(few)].equal(few)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+    """Fewer than the sentence has tokens: that is said, by name."""
+    outcomes = []
+    for n in range(2, 9):
+        few = dict.fromkeys(("max_positions", "max_source_positions", "max_target_positions", "tokens_per_sample"), n)
+        for source in ({"model": few, "task": few}, {"task": few}):
+            path = forge(files[kind], tmp_path / "f.qn.safetensors", source)
+            outcomes.append(try_all(path, source, monkeypatch, tmp_path / MARK))
+    assert any("tokens, found" in outcome or "expected [" in outcome for outcome in outcomes)

@@ -28,21 +28,30 @@ class QuantizationAwareConfig(FairseqDataclass):
         metadata={"help": "checkpoint or small file of a teacher to distil from; neither trained nor saved"},
     )
     distill_weight: float = field(default=0.5, metadata={"help": "loss = (1 - weight) * task + weight * distillation"})
-    distill_temperature: float = field(default=1.0, metadata={"help": "softmax temperature of the distillation"})
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "softmax temperature of the distillation; a head of one output has none"}
+    )
 
 
 QuantizationAwareConfig = with_wrapped_options(QuantizationAwareConfig)
 
 
 class _Recorder:
-    """Stands in for the model in the wrapped criterion, and keeps what was asked and answered."""
+    """Stands in for the model in the wrapped criterion. At each call that trains, the teacher is asked the same at once.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.calls = model, []
+    answers: (student's logits, teacher's logits) of each of these calls.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        self.model, self.teacher, self.answers = model, teacher, []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)
-        self.calls.append((args, kwargs, output))
+        if self.teacher is not None and torch.is_grad_enabled():
+            student = _logits(output, self.model, kwargs)
+            with torch.no_grad():
+                answer = self.teacher.to(student.device)(*args, **kwargs)
+            self.answers.append((student, _logits(answer, self.teacher, kwargs)))
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +60,11 @@ class _Recorder:
 
 @register_criterion("quantization_aware", dataclass=QuantizationAwareConfig)
 class QuantizationAwareCriterion(FairseqCriterion):
-    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as `wrapped` sums (Hinton et al. 2015)."""
+    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as `wrapped` sums (Hinton et al. 2015).
+
+    A head of one output, whose softmax is 1 whatever it says: w * (teacher - student)^2. Where `wrapped` calls its model
+    several times, the distillation of all calls is summed.
+    """
 
     wrapped_class: type[FairseqCriterion] = FairseqCriterion
 
@@ -86,10 +99,11 @@ class QuantizationAwareCriterion(FairseqCriterion):
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """(loss, sample size, logging output), as fairseq asks."""
-        recorder = _Recorder(model)
+        teacher = self._teacher[0] if self._teacher and model.training else None
+        recorder = _Recorder(model, teacher)
         loss, sample_size, logging = self.wrapped(recorder, sample, reduce)
-        if self._teacher and model.training:
-            distilled = self._distil(recorder, sample)
+        if teacher is not None:
+            distilled = self._distil(recorder.answers, sample)
             logging["qn_distill_loss"] = distilled.detach()
             loss = (1 - self.weight) * loss + self.weight * distilled
             logging["loss"] = loss.detach()
@@ -98,24 +112,29 @@ class QuantizationAwareCriterion(FairseqCriterion):
         logging["qn_n"] = 1
         return loss, sample_size, logging
 
-    def _distil(self, recorder: _Recorder, sample: dict[str, Any]) -> Tensor:
-        args, kwargs, output = recorder.calls[0]
-        student = output[0]
-        teacher = self._teacher[0].to(student.device)
-        with torch.no_grad():
-            target = teacher(*args, **kwargs)[0]
-        if not isinstance(student, Tensor) or target.shape != student.shape:
-            found = list(target.shape)
-            raise MismatchError(
-                f"teacher: logits: expected {list(student.shape)}, found {found}; use a teacher of the same dictionary and head"
+    def _distil(self, answers: Sequence[tuple[Tensor, Tensor]], sample: dict[str, Any]) -> Tensor:
+        if not answers:
+            raise UnsupportedError(
+                f"quantization_aware: {self.wrapped_class.__name__} never called its model in training, so there is nothing "
+                "to distil; drop --teacher-checkpoint"
             )
-        return divergence(student, target, self.temperature, self._padding(sample, student))
+        total = answers[0][0].new_zeros((), dtype=torch.float32)
+        for student, target in answers:
+            if target.shape != student.shape:
+                raise MismatchError(
+                    f"teacher: logits: expected {list(student.shape)}, found {list(target.shape)}; "
+                    "use a teacher of the same dictionary and head"
+                )
+            total = total + divergence(student, target, self.temperature, self._padding(sample, student))
+        return total
 
     def _padding(self, sample: dict[str, Any], logits: Tensor) -> Tensor | None:
         """Which positions of [batch, length, classes] logits are padding; None where the logits are of another kind."""
         target = sample.get("target")
-        aligned = isinstance(target, Tensor) and target.dim() == 2 and logits.shape[:2] == target.shape
-        return target.eq(self.padding_idx) if aligned else None
+        if not isinstance(target, Tensor) or target.dim() != 2 or logits.dim() != 3 or not target.numel():
+            return None
+        times, rest = divmod(len(logits), len(target))  # R-drop asks for its batch twice, one after the other
+        return None if rest or logits.shape[1] != target.shape[1] else target.eq(self.padding_idx).repeat(times, 1)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[dict[str, Any]]) -> None:
@@ -138,13 +157,33 @@ class QuantizationAwareCriterion(FairseqCriterion):
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float, padding: Tensor | None = None) -> Tensor:
-    """T^2 * sum over rows, padding aside, of KL(softmax(teacher / T) || softmax(student / T)); logits [..., classes], nats."""
-    log_p = F.log_softmax(student.float() / temperature, dim=-1)
-    log_q = F.log_softmax(teacher.float() / temperature, dim=-1)
-    rows = (log_q.exp() * (log_q - log_p)).sum(-1)
-    if padding is not None:
-        rows = rows.masked_fill(padding, 0)
-    return rows.sum() * temperature**2
+    """T^2 * sum over rows, padding aside, of KL(softmax(teacher / T) || softmax(student / T)); logits [..., classes], nats.
+
+    One class is a value, and so is each entry of logits [rows]: the sum of squared errors, at whatever temperature.
+    """
+    student, teacher = student.float(), teacher.float()
+    if student.dim() < 2 or student.shape[-1] == 1:
+        rows = (student - teacher).square()
+        rows = rows.squeeze(-1) if rows.dim() > 1 else rows
+    else:
+        log_p = F.log_softmax(student / temperature, dim=-1)
+        log_q = F.log_softmax(teacher / temperature, dim=-1)
+        rows = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+    return rows.sum() if padding is None else rows.masked_fill(padding, 0).sum()
+
+
+def _logits(output: Any, model: nn.Module, asked: dict[str, Any]) -> Tensor:
+    """The logits in what a call of a model gave. Raises UnsupportedError where it gave anything else."""
+    found = output[0] if isinstance(output, (tuple, list)) and output else output
+    features = asked.get("features_only") and asked.get("classification_head_name") is None
+    features = features or getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None
+    if features or not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = "features" if features else type(found).__name__
+        raise UnsupportedError(
+            f"quantization_aware: distillation needs logits from each call of {type(model).__name__}, found {kind}; "
+            "drop --teacher-checkpoint, or wrap a criterion that asks for logits alone"
+        )
+    return found
 
 
 def load_teacher(path: str, task: Any) -> nn.Module:

@@ -28,6 +28,7 @@ class Data:
     pieces: Path
     lm: Path
     classes: Path
+    values: Path
     pairs: Path
 
 
@@ -46,7 +47,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Text of 80 words: a language-model set, two classes (is the first word an early one?), and a toy translation."""
+    """Text of 80 words: a language-model set, two classes (is the first word an early one?), values, and a toy translation."""
     root = tmp_path_factory.mktemp("data")
     text = {"train": sentences(240, 1), "valid": sentences(24, 2)}
     pieces = root / "pieces.model"
@@ -63,10 +64,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             (root / f"{split}.{ending}").write_text("".join(f"{line}\n" for line in content))
     dictionary = ["--srcdict", str(root / "dict.txt")]
     _binarise(root, "src", root / "lm", *dictionary)
-    _binarise(root, "src", root / "classes" / "input0", *dictionary)
+    for folder in ("classes", "values"):
+        _binarise(root, "src", root / folder / "input0", *dictionary)
     _binarise(root, "label", root / "classes" / "label")
     _binarise(root, "", root / "pairs", "-s", "src", "-t", "tgt", "--joined-dictionary", *dictionary, pair=True)
-    return Data(root, pieces, root / "lm", root / "classes", root / "pairs")
+    (root / "values" / "label").mkdir()
+    for split, lines in text.items():  # to regress: pieces of a sentence, in tens
+        values = [f"{len(model.encode(line)) / 10}\n" for line in lines]
+        (root / "values" / "label" / f"{split}.label").write_text("".join(values))
+    return Data(root, pieces, root / "lm", root / "classes", root / "values", root / "pairs")
 
 
 def _learn_pieces(lines: list[str], target: Path) -> None:

@@ -50,6 +50,7 @@ MLM = {"--task": "qn_masked_lm", "--arch": "qn_roberta", "--criterion": "quantiz
 CLASSES = {**MLM, "--task": "qn_sentence_prediction", "--wrapped-criterion": "sentence_prediction", "--num-classes": 2,
            "--init-token": 0, "--separator-token": 2}  # fmt: skip
 del CLASSES["--tokens-per-sample"]
+VALUES = {**CLASSES, "--num-classes": 1, "--regression-target": None}
 LANGUAGE = {"--task": "qn_language_modeling", "--arch": "qn_transformer_lm", "--share-decoder-input-output-embed": None,
             "--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy", "--tokens-per-sample": 32,
             **LM_SIZE, **LOOP}  # fmt: skip

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import CLASSES, EACH, MLM, RESETS, Run, build, differing, recipe, train, write_recipe
+from fairseq_run import CLASSES, EACH, MLM, RESETS, VALUES, Run, build, differing, recipe, train, write_recipe
 
 import fairseq_qn
 from fairseq_qn.cli import main
@@ -150,16 +149,9 @@ def test_a_checkpoint_without_a_recipe_takes_one(data, tmp_path: Path, tokens: t
 
 def test_regression(data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """--regression-target reaches the wrapped criterion, and the file answers with the number, not with a class."""
-    folder = tmp_path / "values"
-    shutil.copytree(data.classes, folder)
-    shutil.rmtree(folder / "label")
-    (folder / "label").mkdir()
-    for split in ("train", "valid"):
-        rows = (data.root / f"{split}.src").read_text().splitlines()
-        (folder / "label" / f"{split}.label").write_text("".join(f"{len(row.split()) / 10}\n" for row in rows))
-    options = {**CLASSES, "--num-classes": 1, "--regression-target": None, "--max-update": 30, "--lr": 5e-3}
+    options = {**VALUES, "--max-update": 30, "--lr": 5e-3}
     options |= {"--quant-stage-updates": "10,12,14", "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
-    run = train(tmp_path / "run", folder, options)
+    run = train(tmp_path / "run", data.values, options)
     losses = [figures["loss"] for figures in run.logged()]
     assert losses[-1] < losses[0] / 2
     small = tmp_path / "x.qn.safetensors"

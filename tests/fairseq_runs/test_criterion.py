@@ -6,15 +6,18 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from fairseq_run import CLASSES, LANGUAGE, MLM, PAIRS, Built, Run, build, differing, recipe, train, write_recipe
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq_run import CLASSES, LANGUAGE, MLM, PAIRS, VALUES, Built, Run, build, differing, recipe, train, write_recipe
 
 from fairseq_qn.cli import main
 from fairseq_qn.errors import MismatchError, UnsupportedError
 
+HEAD = {"features_only": True, "classification_head_name": "sentence_classification_head"}
 QUIET = {"--dropout": 0, "--attention-dropout": 0}
 SMOOTH = {"--wrapped-criterion": "label_smoothed_cross_entropy", "--label-smoothing": 0.2}
 CASES = {
@@ -76,9 +79,46 @@ def test_unknown_criterion(name: str, data) -> None:
         build(data.lm, {**MLM, "--wrapped-criterion": name})
 
 
+class Asking(FairseqCriterion):
+    """A criterion whose loss is 0 and which calls its model in a way of its own."""
+
+    def forward(self, model: torch.nn.Module, sample: dict, reduce: bool = True) -> tuple[torch.Tensor, int, dict]:
+        self.ask(model, sample["net_input"])
+        return torch.zeros((), requires_grad=True), 1, {"loss": 0, "sample_size": 1}
+
+
+@register_criterion("qn_test_twice")
+class Twice(Asking):
+    def ask(self, model: torch.nn.Module, asked: dict) -> None:
+        model(**asked, **HEAD)
+        asked["src_tokens"].copy_(asked["src_tokens"].flip(1))  # the same tensor: who asks later is asked another thing
+        model(**asked, **HEAD)
+        with torch.no_grad():
+            model(**asked, **HEAD)  # trains nothing
+
+
+@register_criterion("qn_test_dict")
+class Dict(Asking):
+    def ask(self, model: torch.nn.Module, asked: dict) -> None:
+        with mock.patch.object(model.model, "forward", lambda **_: {"logits": torch.zeros(2, 2)}):
+            model(**asked, **HEAD)
+
+
+@register_criterion("qn_test_features")
+class Features(Asking):
+    def ask(self, model: torch.nn.Module, asked: dict) -> None:
+        model(**asked, features_only=True)
+
+
+@register_criterion("qn_test_never")
+class Never(Asking):
+    def ask(self, model: torch.nn.Module, asked: dict) -> None:
+        model.encoder(**asked)
+
+
 @pytest.fixture(scope="module")
 def teachers(data, tmp_path_factory) -> dict[str, Path]:
-    """A wider model: as a stock checkpoint, a qn_ checkpoint and a small file; and a classifier."""
+    """A wider model: as a stock checkpoint, a qn_ checkpoint and a small file; a classifier, one of values; a translator."""
     folder = tmp_path_factory.mktemp("teachers")
     wide = {"--encoder-embed-dim": 48, "--max-update": 3, "--lr": 1e-2}
     stock = {k: v for k, v in MLM.items() if k != "--wrapped-criterion"}
@@ -88,8 +128,10 @@ def teachers(data, tmp_path_factory) -> dict[str, Path]:
     path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "1,1,1"}
     train(folder / "qn", data.lm, MLM, wide, path)
     train(folder / "classes", data.classes, CLASSES, wide)
+    train(folder / "values", data.values, VALUES, wide)
+    train(folder / "pairs", data.pairs, PAIRS, {"--max-update": 2, "--lr": 1e-2})
     assert main(["compress", str(folder / "qn" / "checkpoint_last.pt"), "-o", str(folder / "t.qn.safetensors")]) == 0
-    found = {name: folder / name / "checkpoint_last.pt" for name in ("stock", "qn", "classes")}
+    found = {name: folder / name / "checkpoint_last.pt" for name in ("stock", "qn", "classes", "values", "pairs")}
     return {**found, "small": folder / "t.qn.safetensors"}
 
 
@@ -132,17 +174,62 @@ def test_distillation_of_a_classifier(data, teachers: dict[str, Path]) -> None:
     assert loss_of(built, training=True)[0] == pytest.approx(distilled_by_hand(ours, theirs, 1), rel=1e-3)
 
 
-def test_padding_does_not_distil(data, tmp_path: Path) -> None:
-    """Cross entropy of whole sentences: positions beyond the end of a target do not count."""
-    train(tmp_path, data.pairs, PAIRS, {"--max-update": 2, "--lr": 1e-2})
-    options = {"--teacher-checkpoint": tmp_path / "checkpoint_last.pt", "--distill-weight": 1}
-    built = build(data.pairs, PAIRS, QUIET, options)
+@pytest.mark.parametrize("temperature", [1, 3])
+def test_distillation_of_a_value(temperature: float, data, teachers: dict[str, Path]) -> None:
+    """The softmax of one output is 1 whatever it is: squared errors, summed as fairseq sums those to the targets."""
+    options = {"--teacher-checkpoint": teachers["values"], "--distill-weight": 0.3, "--distill-temperature": temperature}
+    built = build(data.values, VALUES, QUIET, options)
+    (teacher,), sample = built.criterion._teacher, built.sample
+    with torch.no_grad():
+        ours, theirs = (m(**sample["net_input"], **HEAD)[0][:, 0].double() for m in (built.model.eval(), teacher))
+    hard, soft = (float((ours - other).square().sum()) for other in (sample["target"].flatten(), theirs))
+    loss, _, log = loss_of(built, training=True)
+    assert loss == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-4) and soft > 1e-3
+    assert float(log["qn_distill_loss"]) == pytest.approx(soft, rel=1e-4)
+    built.criterion.weight = 1.0  # the teacher alone
+    built.criterion(built.model, sample)[0].backward()
+    head = built.model.classification_heads["sentence_classification_head"].out_proj
+    assert float(head.bias.grad) == pytest.approx(2 * float((ours - theirs).sum()), rel=1e-4)
+
+
+def test_every_call_is_distilled(data, teachers: dict[str, Path]) -> None:
+    """Each against the teacher's answer to what was asked, though the criterion changes its batch in between."""
+    options = {"--teacher-checkpoint": teachers["classes"], "--distill-weight": 1, "--wrapped-criterion": "qn_test_twice"}
+    built = build(data.classes, CLASSES, QUIET, options)
+    (teacher,), tokens = built.criterion._teacher, built.sample["net_input"]["src_tokens"].clone()
+    expected = []
+    for asked in (tokens, tokens.flip(1)):
+        with torch.no_grad():
+            ours, theirs = (m(asked, **HEAD)[0] for m in (built.model.eval(), teacher))
+        expected.append(distilled_by_hand(ours, theirs, 1))
+    assert loss_of(built, training=True)[0] == pytest.approx(sum(expected), rel=1e-3)
+    assert min(expected) > 1e-3 and expected[0] != pytest.approx(expected[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(("how", "found"), [("dict", "dict"), ("features", "features"), ("never", "never called")])
+def test_what_cannot_be_distilled_is_an_error(how: str, found: str, data, teachers: dict[str, Path]) -> None:
+    criterion = {"--wrapped-criterion": f"qn_test_{how}"}
+    assert loss_of(build(data.classes, CLASSES, criterion), training=True)[0] == 0, "without a teacher it trains"
+    built = build(data.classes, CLASSES, criterion, {"--teacher-checkpoint": teachers["classes"]})
+    with pytest.raises(UnsupportedError, match=rf"{found}.*drop --teacher-checkpoint") as error:
+        loss_of(built, training=True)
+    assert len(str(error.value)) <= 300
+    assert loss_of(built)[0] == 0, "validation asks no teacher"
+
+
+RDROP = {"--wrapped-criterion": "label_smoothed_cross_entropy_with_rdrop", "--rdrop-alpha": 1}
+
+
+@pytest.mark.parametrize(("times", "criterion"), [(1, {}), (2, RDROP)])
+def test_padding_does_not_distil(times: int, criterion: dict, data, teachers: dict[str, Path]) -> None:
+    """Positions beyond the end of a target do not count, nor do those of a copy of the batch, which R-drop appends."""
+    built = build(data.pairs, PAIRS, QUIET, criterion, {"--teacher-checkpoint": teachers["pairs"], "--distill-weight": 1})
     (teacher,), sample = built.criterion._teacher, built.sample
     real = sample["target"].ne(1)
     assert not bool(real.all())
     with torch.no_grad():
         ours, theirs = (m(**sample["net_input"])[0][real] for m in (built.model.eval(), teacher))
-    assert loss_of(built, training=True)[0] == pytest.approx(distilled_by_hand(ours, theirs, 1), rel=1e-3)
+    assert loss_of(built, training=True)[0] == pytest.approx(times * distilled_by_hand(ours, theirs, 1), rel=1e-3)
 
 
 def test_a_teacher_of_other_classes_is_an_error(data, teachers: dict[str, Path]) -> None:

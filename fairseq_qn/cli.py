@@ -34,15 +34,24 @@ def compress(args: argparse.Namespace) -> None:
     """A checkpoint of fairseq's -> the small file. What the training has not frozen yet is frozen here."""
     hub = _hub()
     refuse_same(args.output, args.checkpoint, args.recipe, *args.bpe_files)
-    model, config, _ = hub.load_checkpoint(args.checkpoint, args.data, args.recipe)
+    model, config, task = hub.load_checkpoint(args.checkpoint, args.data, args.recipe)
     if api.recipe_of(model) is None:
         raise UnsupportedError(f"{args.checkpoint}: carries no recipe; give one with --recipe")
     source, assets = hub.carry_bpe(args.bpe, args.bpe_files, _options(args.bpe_option)) if args.bpe else ({}, {})
     reports = api.freeze(model, iterations=args.iterations, progress=None if args.json else _progress)
+    unreached = [stage for stage in getattr(task, "boundaries", {}) if any(r.stage == stage for r in reports)]
+    if unreached:
+        count = sum(report.stage in unreached for report in reports)
+        print(
+            f"fairseq-qn: {args.checkpoint}: the training did not reach stages {', '.join(unreached)}: {count} layers frozen "
+            "here, with no training after; take a later checkpoint, or train on",
+            file=sys.stderr,
+        )
     size = api.save(model, args.output, parts=args.parts, drop=args.drop, assets=assets, source=source)
     if args.json:
         layers = [vars(report) for report in reports]
-        print(json.dumps({"file": str(args.output), "size": size.to_dict(), "frozen_here": layers}))
+        report = {"file": str(args.output), "size": size.to_dict(), "frozen_here": layers, "unreached": unreached}
+        print(json.dumps(report))
         return
     if reports:
         worst = max(reports, key=lambda report: report.error)

@@ -34,13 +34,14 @@ def load_checkpoint(
     """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
 
     recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
-    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model` and `task`.
+    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model`, `task` and the seed.
     The file stays mapped: weights are read when they are used, the optimiser's state never. Replace it by renaming, as
     fairseq does, not by writing into it, while the model lives.
     Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
     """
     state = read_checkpoint(path)
     config = _configuration(state, str(path))
+    trained_by_one = any(getattr(part, "quant_recipe", None) for part in (config.model, config.task))
     if data is not None:
         config.task.data = str(data)
     if heads:
@@ -50,6 +51,8 @@ def load_checkpoint(
     with fairseq_refuses(str(path), OSError):
         task = tasks.setup_task(config.task, from_checkpoint=True)
         model = _build(state, config.model, task, draw=False) or _build(state, config.model, task, draw=True)
+    if not trained_by_one:
+        task.boundaries = {}  # a recipe that is given now did not say when the training was to freeze a stage
     if recipe is not None:  # now that its heads are there: each line has to match
         api.apply(model, Recipe.load(recipe))
     return model.eval(), config, task
@@ -89,9 +92,11 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
         both = dict.fromkeys(("max_source_positions", "max_target_positions"), given["model"]["max_positions"])
         given["model"] = {**both, **given["model"]}
     model = options.take({**MODELS[kind], **CHECKPOINT_MODEL}, given["model"], f"{path}: model")
+    common = _mapping(config.get("common")) if whole else None  # where the seed is for tasks that have none, as translation
+    given["task"] = {"seed": (common or {}).get("seed", FALLBACKS["seed"]), **given["task"]}
     task = options.take({**TASKS[task_kind], **CHECKPOINT_TASK}, given["task"], f"{path}: task")
     options.check_layers({**model, **_kept(model)}, state["model"], f"{path}: model")
-    used = {key: FALLBACKS[key] for key in FALLBACKS.keys() & TASKS[task_kind].keys() | {"seed"}}
+    used = {key: FALLBACKS[key] for key in FALLBACKS.keys() & TASKS[task_kind].keys()}
     task = {**used, **task, "_name": task_kind}
     if MODEL_DATACLASS_REGISTRY.get(kind) is None:
         made: Any = Namespace(**model, _name=arch, arch=arch)
@@ -100,7 +105,8 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
         made = {**known, **model, "_name": arch}
         for key in {"adaptive_input_cutoff", "adaptive_softmax_cutoff"} & made.keys():
             made[key] = ",".join(map(str, made[key]))  # text to its dataclass
-    return OmegaConf.create({"model": made, "task": task}, flags={"allow_objects": True})
+    parts = {"model": made, "task": task, "common": {"seed": task["seed"]}}
+    return OmegaConf.create(parts, flags={"allow_objects": True})
 
 
 def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:

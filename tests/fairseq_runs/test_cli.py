@@ -48,14 +48,30 @@ def test_compress_a_staged_checkpoint(masked: Run, tmp_path: Path, said) -> None
     assert f"{small.stat().st_size / 1e6:.3f} MB on disk" in said(*words)
 
 
-def test_compress_freezes_what_is_left(data, tmp_path: Path, said) -> None:
-    """A checkpoint within its stages: the stages that the training did not come to are frozen here."""
+def test_compress_freezes_what_is_left(data, tmp_path: Path, said, capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint within its stages: those that the training did not come to are frozen here, and named."""
     options = {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()), "--quant-stage-updates": "1,9,9"}
     train(tmp_path / "run", data.lm, MLM, options, {"--max-update": 3})
     words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
     report = json.loads(said(*words, "--json"))
     assert {layer["stage"] for layer in report["frozen_here"]} == {"emb", "attn"}
+    assert report["unreached"] == ["emb", "attn"]
     assert "froze 9 layers" in said(*words)
+    alarm = "the training did not reach stages emb, attn: 9 layers frozen here, with no training after"
+    assert main([str(word) for word in words]) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and alarm in error
+
+
+@pytest.mark.parametrize("numbers", [{}, {"stages": [{"name": name, "update": 9} for name in ("ffn", "emb", "attn")]}])
+def test_compress_at_once_without_alarm(numbers: dict, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Noise without stages, or a recipe that the training did not know: no stage was due, so none was missed."""
+    path = write_recipe(tmp_path / "r.yaml", recipe(**numbers))
+    train(tmp_path / "run", data.lm, MLM, {"--max-update": 1}, {} if numbers else {"--quant-recipe": path})
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
+    assert main([*map(str, words), *(["--recipe", str(path)] if numbers else []), "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], error) == (13, [], "")
 
 
 def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:

@@ -34,7 +34,8 @@ def load_checkpoint(
     """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
 
     recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
-    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model`, `task` and the seed.
+    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model`, `task`, and
+    of `common` the seed.
     The file stays mapped: weights are read when they are used, the optimiser's state never. Replace it by renaming, as
     fairseq does, not by writing into it, while the model lives.
     Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
@@ -92,7 +93,7 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
         both = dict.fromkeys(("max_source_positions", "max_target_positions"), given["model"]["max_positions"])
         given["model"] = {**both, **given["model"]}
     model = options.take({**MODELS[kind], **CHECKPOINT_MODEL}, given["model"], f"{path}: model")
-    common = _mapping(config.get("common")) if whole else None  # where the seed is for tasks that have none, as translation
+    common = _mapping(config.get("common")) if whole else None  # the seed of a task that has no such option
     given["task"] = {"seed": (common or {}).get("seed", FALLBACKS["seed"]), **given["task"]}
     task = options.take({**TASKS[task_kind], **CHECKPOINT_TASK}, given["task"], f"{path}: task")
     options.check_layers({**model, **_kept(model)}, state["model"], f"{path}: model")

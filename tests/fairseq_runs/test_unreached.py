@@ -159,4 +159,4 @@ def test_a_resumed_translation_draws_the_same_noise(data, tmp_path: Path) -> Non
     assert not drawn(runs[3].model).equal(drawn(runs[4].model))
     assert drawn(train(tmp_path / "3", data.pairs, words).model).equal(drawn(runs[3].model))
     loaded, config, _ = hub.load_checkpoint(runs[4].folder / "checkpoint_last.pt")
-    assert config.task.seed == 4 and drawn(loaded).equal(drawn(runs[4].model))
+    assert config.common.seed == 4 and drawn(loaded).equal(drawn(runs[4].model))

@@ -22,9 +22,10 @@ from fairseq_qn.modules.clock import Clock, track
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.follow import follow
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
+from fairseq_qn.modules.install import StoredParameters, install
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.moments import project_moments
-from fairseq_qn.modules.view import FROZEN, WeightView, install, views_of
+from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
@@ -76,6 +77,8 @@ def apply(
     for view in views_of(model):
         view.clock = clock
     track(model, clock)
+    for module in model.modules():
+        module.__dict__["get_parameter"] = StoredParameters(module)
     model._qn_recipe = recipe
     return coverage
 

@@ -5,40 +5,29 @@
     CODED   the same; `codes` hold the assignment for exact noise                      exact phi_PQ
     FROZEN  product: each block's cluster mean; integer: the de-quantised integers     iPQ fine-tuning, evaluation, export
 
-The view is installed by swapping the class of the module *instance* for a subclass with a `weight` property, so that code
-which reads `.weight` without calling the module (attention, tied heads) is reached. The Parameter never changes identity,
-shape, name or number, and no forward writes to it.
+install.py puts it in the place of `module.weight`, so that code which reads `.weight` without calling the module (attention,
+tied heads) is reached. The Parameter never changes identity, shape, name or number, and no forward writes to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules.clock import Clock, Time
+from fairseq_qn.modules.reading import read, refuse_tracing
 from fairseq_qn.quant import integer, noise, product
 from fairseq_qn.quant.blocks import check_block_size, codes_shape
 from fairseq_qn.recipe import Noise, Rule
 
 FLOAT, CODED, FROZEN = 0, 1, 2
-
-
-class _Read(torch.autograd.Function):
-    """value(W) forward, gradient(g) backward. The identity as `gradient` is the straight-through estimator."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
-        ctx.gradient = gradient
-        return value(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (grad if ctx.gradient is None else ctx.gradient(grad)), None, None
+SHARDED = "views need whole Parameters, which FSDP and nn.DataParallel take apart; use DistributedDataParallel (legacy_ddp)"
 
 
 class WeightView:
@@ -57,10 +46,10 @@ class WeightView:
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
+        self.stored: ref[nn.Parameter] | None = None  # the Parameter that was read last
         self._seen: tuple[Time | None, int] = (None, 0)  # the last pass that drew noise, and the weight's version then
         self._watched = False
-        if not weight.is_floating_point():
-            raise UnsupportedError(f"{name}: expected floating-point weights, found {weight.dtype}; keep this layer dense")
+        _check_weight(weight, name)
         if rule.scheme == "product":  # raises before anything is registered
             check_block_size(weight.shape, rule.block_size, name)
         else:
@@ -68,15 +57,16 @@ class WeightView:
         for buffer in self.buffer_names:
             if hasattr(home, buffer):
                 raise UnsupportedError(f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it")
-        home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
-        if rule.scheme == "product":
-            dtype = product.codes_dtype(self.n_centroids)
-            codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
-            home.register_buffer(f"{self.prefix}codes", codes)
+        with torch.inference_mode(False):  # buffers that can be written to and used anywhere
+            home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
+            if rule.scheme == "product":
+                dtype = product.codes_dtype(self.n_centroids)
+                codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
+                home.register_buffer(f"{self.prefix}codes", codes)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
-        return {**self.__dict__, "_cache": {}, "_seen": (None, 0), "_watched": False}
+        return {**self.__dict__, "_cache": {}, "_seen": (None, 0), "_watched": False, "stored": None}
 
     # -- state
 
@@ -146,12 +136,14 @@ class WeightView:
 
     def _value(self, weight: Tensor, training: bool) -> Tensor:
         if self.phase == FROZEN:
+            refuse_tracing(self.name)
             if self.rule.scheme == "product":
                 project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
-                return _Read.apply(weight, project, project)
-            return _Read.apply(weight, self.quantized, None)
+                return read(weight, project, project)
+            return read(weight, self.quantized, None)
         if not training or self._noise_kind == "none":
             return weight
+        refuse_tracing(self.name)
         if not self.clock.started:
             self._watch(weight)
             return weight
@@ -159,7 +151,7 @@ class WeightView:
         p = self.noise.at(at[0])
         if p == 0:
             return weight
-        return _Read.apply(weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None)
+        return read(weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None)
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
         """Whether a read outside of any call draws a mask that served before the last step: no call moves it on."""
@@ -223,14 +215,22 @@ class WeightView:
         return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
 
 
-def install(module: nn.Module, attribute: str, view: WeightView) -> None:
-    """Let `module.<attribute>` read through `view`; the Parameter stays where it is."""
-    before = module.__dict__.get("_qn_views", {})
-    view.readers += before.get(attribute) is not view
-    views = {**before, attribute: view}
-    base = type(module)._qn_base if "_qn_views" in module.__dict__ else type(module)
-    module.__dict__["_qn_views"] = views
-    module.__class__ = _viewed_class(base, tuple(sorted(views)))
+def _check_weight(weight: Tensor, name: str) -> None:
+    """Raise UnsupportedError for a weight that no view can read."""
+    if not weight.is_floating_point():
+        raise UnsupportedError(f"{name}: expected floating-point weights, found {weight.dtype}; keep this layer dense")
+    if weight.is_meta:
+        raise UnsupportedError(f"{name}: on the meta device; give the model memory and its weights first")
+    if weight.is_inference():
+        raise UnsupportedError(f"{name}: made under torch.inference_mode, which no gradient reaches; build the model outside")
+    if weight.layout != torch.strided or type(weight).__name__ == "DTensor":
+        raise UnsupportedError(f"{name}: a view reads whole, dense weights, found {kind(weight)}; {SHARDED}")
+
+
+def kind(value: object) -> str:
+    """What it is, in a word, for an error."""
+    layout = getattr(value, "layout", torch.strided)
+    return type(value).__name__ if layout == torch.strided else str(layout)
 
 
 def views_of(model: nn.Module) -> Iterator[WeightView]:
@@ -241,54 +241,3 @@ def views_of(model: nn.Module) -> Iterator[WeightView]:
             if id(view) not in seen:
                 seen.add(id(view))
                 yield view
-
-
-@cache
-def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
-    body = {attribute: _view_property(attribute) for attribute in attributes}
-    body |= {"_qn_base": base, "__setattr__": _set_attribute, "__reduce_ex__": _reduce}
-    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), body)
-
-
-def _view_property(attribute: str) -> property:
-    def get(self: nn.Module) -> Tensor | None:
-        weight = self._parameters[attribute]
-        try:
-            # A tied owner follows the training flag of the matched one, so that both see the same noise.
-            view = self._qn_views[attribute]
-            if weight is None:
-                return None
-            value = view.read(weight, view.home.training)
-            if value is not weight:
-                value._qn_parameter = weight
-            return value
-        except (
-            AttributeError
-        ) as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
-            raise ViewError(f"{type(self).__name__}.{attribute}: the view cannot be read: {error}") from error
-
-    return property(get)
-
-
-def _set_attribute(self: nn.Module, name: str, value: object) -> None:
-    """Assigning what was read from a view assigns its Parameter: fairseq's trainer so restores ties after a move."""
-    if name in self.__dict__.get("_qn_views", ()) and not isinstance(value, (nn.Parameter, type(None))):
-        read, value = value, getattr(value, "_qn_parameter", None)
-        if value is None:
-            raise UnsupportedError(
-                f"{type(self).__name__}.{name}: a viewed weight takes a Parameter, found {type(read).__name__}; "
-                "sharded training that replaces Parameters (FSDP) is not supported, use --ddp-backend legacy_ddp or c10d"
-            )
-    nn.Module.__setattr__(self, name, value)
-
-
-def _reduce(self: nn.Module, protocol: int) -> tuple:
-    """Pickle and copy by the base class: the swapped class has no importable name."""
-    return _rebuild, (type(self)._qn_base, tuple(sorted(self._qn_views))), self.__dict__
-
-
-def _rebuild(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
-    cls = _viewed_class(base, attributes)
-    return cls.__new__(cls)

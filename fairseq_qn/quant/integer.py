@@ -79,6 +79,9 @@ def fake_quantize_some(
     weight: Tensor, masks: Iterable[Tensor], bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
 ) -> Tensor:
     """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight elsewhere."""
+    if weight.dtype == torch.float64:  # which fp32 would round elsewhere too
+        mask = torch.cat([part.clone() for part in masks]).view(weight.shape)
+        return torch.where(mask, fake_quantize(weight, bits, granularity, group_size, name), weight.detach())
     rows = _rows(weight, granularity, group_size, name).contiguous()
     scale, zero = _affine(rows, bits)
     if kernel.usable(rows, scale):

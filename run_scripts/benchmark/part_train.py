@@ -125,10 +125,10 @@ def timed(owner: Any, name: str, into: dict[str, float]) -> Iterator[None]:
 
 def profile(step: Step) -> dict[str, float]:
     """Seconds of a step that go into the views' reads and into their gradients."""
-    from fairseq_qn.modules import view
+    from fairseq_qn.modules import reading, view
 
     seconds: dict[str, float] = {}
-    with timed(view.WeightView, "read", seconds), timed(view._Read, "backward", seconds):
+    with timed(view.WeightView, "read", seconds), timed(reading.Read, "backward", seconds):
         for _ in range(MEASURED):
             step()
     return {"reads": seconds.get("read", 0) / MEASURED, "gradients": seconds.get("backward", 0) / MEASURED}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fairseq_qn
-from fairseq_qn.modules import view
+from fairseq_qn.modules.reading import Read
 
 PHASES = [*NOISES, "frozen"]
 
@@ -73,8 +73,8 @@ def test_the_gradient_is_that_of_reads_of_their_own(phase: str) -> None:
 
 def test_a_frozen_gradient_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    backward = view._Read.backward
-    monkeypatch.setattr(view._Read, "backward", staticmethod(lambda ctx, g: calls.append(g.shape) or backward(ctx, g)))
+    backward = Read.backward
+    monkeypatch.setattr(Read, "backward", staticmethod(lambda ctx, g: calls.append(g.shape) or backward(ctx, g)))
     model = in_phase("frozen")
     loss(model).backward()
     assert calls.count(model.embed._parameters["weight"].shape) == 1

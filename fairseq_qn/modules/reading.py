@@ -1,0 +1,72 @@
+"""The autograd functions by which a view is read: a value that is not the weight, and its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_qn.errors import UnsupportedError
+
+
+def read(weight: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """value(weight); the gradient is gradient(that of the value), or that itself (None): the straight-through estimator."""
+    function = FunctionalRead if torch._C._are_functorch_transforms_active() else Read
+    return function.apply(weight, value, gradient)
+
+
+def refuse_tracing(name: str) -> None:
+    """Raise UnsupportedError while torch.jit records: it would keep the value and lose the view."""
+    if torch.jit.is_tracing():
+        raise UnsupportedError(
+            f"{name}: torch.jit cannot trace a view; save the model with fairseq_qn.save and trace what fairseq_qn.load gives"
+        )
+
+
+class Read(torch.autograd.Function):
+    """`gradient` is its own transpose: it serves forward derivatives too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
+        ctx.gradient = gradient
+        return value(weight).data  # no view of anything: an Embedding with max_norm clips it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.gradient is None:
+            return grad, None, None
+        if grad.is_sparse:  # of an Embedding(sparse=True); its optimizer wants no other
+            return ctx.gradient(grad.to_dense()).to_sparse(grad.sparse_dim()), None, None
+        return ctx.gradient(grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone() if ctx.gradient is None else ctx.gradient(tangent)
+
+
+class FunctionalRead(torch.autograd.Function):
+    """Read for torch.func's transforms, which ask for another form of it, that takes longer to call."""
+
+    @staticmethod
+    def forward(weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
+        return value(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.gradient = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.gradient is None:
+            return grad, None, None
+        return FunctionalRead.apply(grad, ctx.gradient, ctx.gradient), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone() if ctx.gradient is None else FunctionalRead.apply(tangent, ctx.gradient, ctx.gradient)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, weight: Tensor, value: Callable, gradient: Callable | None) -> tuple[Tensor, int]:
+        return torch.stack([FunctionalRead.apply(part, value, gradient) for part in weight.unbind(in_dims[0])]), 0

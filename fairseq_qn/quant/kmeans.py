@@ -1,9 +1,11 @@
 """Codebook learning: Lloyd's algorithm, seeded, in fp32, without a Python loop over codewords.
 
 Minimises sum_i ||x_i - c[code_i]||^2 (Fan et al. 2020, eq. 2). Rules, so that the same input gives the same codes:
-* it starts from K distinct rows drawn by the seed; where there are plenty of rows, from what ten steps on a sample of 32 K of
-  them make of those, which costs about a step and leaves some 0.2% less error after twenty;
-* a codeword that no block chose is moved onto the block with the largest error, the next such onto the next, and so on;
+* it starts from K rows drawn by the seed; where there are plenty of rows, from what ten steps on a sample of 32 K of them
+  make of those, which costs about a step and leaves some 0.2% less error after twenty;
+* where drawn rows are equal, rows are few, or one lies far out, it starts from rows that lie apart (seeding.py): drawn ones
+  would leave up to a hundred times the error. Where no more than K rows differ, they are the codewords, without error;
+* codewords that no block chose are moved onto blocks with large errors, apart from each other;
 * it stops when the objective no longer falls. A step that rounding makes worse is thrown away, so the objective never rises.
 
 Blocks are searched for in fp32, centred and scaled, in which scores neither cancel (1e4 + noise) nor underflow (1e-7); means
@@ -22,9 +24,12 @@ from torch.nn import functional as F
 
 from fairseq_qn.errors import NonFiniteWeight
 from fairseq_qn.kernels import nearest as kernel
+from fairseq_qn.quant import seeding
 
 CHUNK = 1 << 18  # scores held at a time: 1 MiB of fp32, which stays in a core's cache
 SAMPLE, SAMPLE_STEPS = 32, 10  # rows for each codeword, and steps on them, before the first on all rows
+FEW = 8  # rows for each codeword: with fewer, drawn rows are not good enough to start from
+GREEDY, POOL = 1024, 16  # codewords at most that are chosen one by one, from a sample of so many rows for each
 CANCELS = 1e-6  # of the energy: an objective below this share is summed up block by block
 
 
@@ -53,6 +58,7 @@ class _Points:
     x: Tensor  # fp32 [n, d]
     points: Tensor
     shift: Tensor  # fp64 [d]
+    spread: float  # the largest |x - shift| of an element, or a little more
     scale: float  # a power of two, so that scaling is exact
     energy: Tensor
 
@@ -60,17 +66,17 @@ class _Points:
     def of(cls, x: Tensor) -> _Points:
         shift = _mean(x)
         low, high = torch.aminmax(x)
-        spread = torch.maximum(high - shift.min(), shift.max() - low)
-        scale = 2.0 ** math.frexp(float(spread))[1]
+        spread = float(torch.maximum(high - shift.min(), shift.max() - low))
+        scale = 2.0 ** math.frexp(spread)[1]
         if kernel.usable(x):
             points, energy = kernel.lay_out(x, shift, scale)
-            return cls(x, points, shift, scale, torch.tensor(energy, dtype=torch.float64))
+            return cls(x, points, shift, spread, scale, torch.tensor(energy, dtype=torch.float64))
         points, energy = torch.empty_like(x), shift.new_zeros(())
         for source, target in zip(x.split(CHUNK), points.split(CHUNK)):
             centred = source.double() - shift
             target.copy_(centred / scale)
             energy += centred.square_().sum()
-        return cls(x, points, shift, scale, energy)
+        return cls(x, points, shift, spread, scale, energy)
 
     def place(self, rows: Tensor) -> Tensor:
         """Rows [..., d] in the units of the points, fp32."""
@@ -142,17 +148,54 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     if len(x) <= n_centroids:  # every block is its own codeword
         energy = float(x.double().square().sum())
         return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,), energy)
-    return _lloyd(_Points.of(x), _begin(x, n_centroids, seed) if start is None else start, iterations)
+    points, generator = _Points.of(x), torch.Generator().manual_seed(seed)
+    drawn = start is None
+    if drawn:
+        start = _begin(points, n_centroids, generator)
+    if _repeats(start):
+        if exact := seeding.distinct(x, n_centroids):
+            codebook = F.pad(exact[1], (0, 0, 0, n_centroids - len(exact[1])))
+            return Clusters(exact[0], codebook, (0.0,), float(x.double().square().sum()))
+        if drawn and n_centroids <= GREEDY:
+            start = _apart(points, n_centroids, n_centroids, generator)
+    return _lloyd(points, start, iterations, generator)
 
 
-def _begin(x: Tensor, n_centroids: int, seed: int) -> Tensor:
-    """Codewords [K, d] to start from: rows drawn by the seed, or where there are plenty, what they become on a sample."""
-    generator = torch.Generator().manual_seed(seed)
-    size = SAMPLE * n_centroids
-    if len(x) < 4 * size:
-        return x[_draw(len(x), n_centroids, generator).to(x.device)]
-    sample = x[_draw(len(x), size, generator).to(x.device)]
-    return _lloyd(_Points.of(sample), sample[:n_centroids], SAMPLE_STEPS).codebook
+def _begin(points: _Points, k: int, generator: torch.Generator) -> Tensor:
+    """Codewords [k, d] to start from: drawn rows, or what they become on a sample of the rows, or rows that lie apart."""
+    x, size = points.x, SAMPLE * k
+    far = k * points.spread**2 > float(points.energy)  # one element has more of it than the blocks of a codeword have
+    if k <= GREEDY and (len(x) < FEW * k or far):
+        return _apart(points, k, k, generator)
+    plenty = len(x) >= 4 * size
+    rows = x[_draw(len(x), size if plenty else k, generator).to(x.device)]
+    if not plenty or _repeats(rows[:k]):
+        return rows[:k]
+    return _lloyd(_Points.of(rows), rows[:k], SAMPLE_STEPS, generator).codebook
+
+
+def _repeats(rows: Tensor) -> bool:
+    return len(seeding.keys(rows.float()).unique()) < len(rows)
+
+
+def _apart(points: _Points, count: int, k: int, generator: torch.Generator, errors: Tensor | None = None) -> Tensor:
+    """Rows [count, d] that lie apart, with errors fp64 [n] also from the codewords that leave these.
+
+    They come from a sample: by the errors, or half uniform, half by the squared distance to the mean, so that it holds
+    what lies far out (Bachem, Lucic & Krause 2018). Where too few rows differ, the last are copies of the first.
+    """
+    mass = errors
+    if mass is None:
+        one = torch.zeros(len(points.x), dtype=torch.int32, device=points.x.device)
+        mass = _errors(points.x, one, points.shift.unsqueeze(0))
+        mass = mass + _total(mass) / len(mass)
+    greedy = count <= GREEDY
+    chosen, weights = seeding.sample(mass, POOL * k if greedy else count, generator)
+    rows = points.x[chosen]
+    if greedy:
+        near = None if errors is None else (errors[chosen] / points.scale**2).float()
+        rows = rows[seeding.apart(points.place(rows), weights, count, generator, near)]
+    return torch.cat([rows, rows[:1].expand(count - len(rows), -1)])
 
 
 def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -162,7 +205,8 @@ def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(k, generator=generator)]
 
 
-def _lloyd(points: _Points, start: Tensor, iterations: int) -> Clusters:
+def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Generator) -> Clusters:
+    """Steps from codewords start [K, d]; the generator draws what codewords without blocks are moved onto."""
     centroids, history = points.place(start), []
     for _ in range(max(1, iterations)):
         codes, means, counts = points.assign(centroids)
@@ -180,7 +224,7 @@ def _lloyd(points: _Points, start: Tensor, iterations: int) -> Clusters:
             break
         centroids = points.place(means)
         if n_empty:
-            centroids[counts == 0] = points.place(points.x[errors.topk(int(n_empty)).indices])
+            centroids[counts == 0] = points.place(_apart(points, int(n_empty), len(counts), generator, errors))
     codes, means = best
     energy = float(points.energy + len(codes) * points.shift.square().sum())
     return Clusters(codes, means.float(), tuple(history), energy)

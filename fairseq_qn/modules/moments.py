@@ -25,14 +25,11 @@ Masters = Mapping[Tensor, tuple[Tensor, int]]
 
 def projected(moment: Tensor, groups: product.Groups, block_size: int, *, squared: bool) -> Tensor:
     """A moment of a dense weight -> that of each block's codeword; same shape and dtype, pad row as it was."""
-    codebook = product.codebook_of(moment, groups, block_size)
+    codebook, pad = product.codebook_of(moment, groups, block_size), groups.padding_idx
     if squared:
         codebook = codebook / groups.counts.clamp(min=1).unsqueeze(1)
-    result = product.decode(groups.codes, codebook, moment.shape).to(moment.dtype)
-    pad = groups.padding_idx
-    if pad is not None:
-        result[pad] = moment[pad]
-    return result
+    row = None if pad is None else moment[pad]
+    return product.decode(groups.codes, codebook, moment.shape, pad, row).to(moment.dtype)
 
 
 @torch.no_grad()

@@ -42,20 +42,24 @@ def load_checkpoint(
     """
     state = read_checkpoint(path)
     config = _configuration(state, str(path))
-    trained_by_one = any(getattr(part, "quant_recipe", None) for part in (config.model, config.task))
+    own = getattr(config.task, "quant_recipe", None) or getattr(config.model, "quant_recipe", None)
+    given = None if recipe is None else Recipe.load(recipe)
+    strange = given is not None and (not own or given != Recipe.load(own))  # the training did not know it
     if data is not None:
         config.task.data = str(data)
     if heads:
         config.model.load_checkpoint_heads = True
-    if recipe is not None:
-        config.task.quant_recipe = config.model.quant_recipe = Recipe.load(recipe).to_json()
+    if given is not None:
+        config.task.quant_recipe = config.model.quant_recipe = given.to_json()
+    if strange:  # nor did it say when to freeze these stages
+        config.task.quant_stage_updates = config.task.quant_stage_epochs = None
     with fairseq_refuses(str(path), OSError):
         task = tasks.setup_task(config.task, from_checkpoint=True)
         model = _build(state, config.model, task, draw=False) or _build(state, config.model, task, draw=True)
-    if not trained_by_one:
-        task.boundaries = {}  # a recipe that is given now did not say when the training was to freeze a stage
-    if recipe is not None:  # now that its heads are there: each line has to match
-        api.apply(model, Recipe.load(recipe))
+    if strange:
+        task.boundaries = {}
+    if given is not None:  # now that its heads are there: each line has to match
+        api.apply(model, given)
     return model.eval(), config, task
 
 

@@ -63,15 +63,18 @@ def test_compress_freezes_what_is_left(data, tmp_path: Path, said, capsys: pytes
     assert error.count("\n") == 1 and alarm in error
 
 
-@pytest.mark.parametrize("numbers", [{}, {"stages": [{"name": name, "update": 9} for name in ("ffn", "emb", "attn")]}])
-def test_compress_at_once_without_alarm(numbers: dict, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Noise without stages, or a recipe that the training did not know: no stage was due, so none was missed."""
-    path = write_recipe(tmp_path / "r.yaml", recipe(**numbers))
-    train(tmp_path / "run", data.lm, MLM, {"--max-update": 1}, {} if numbers else {"--quant-recipe": path})
-    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
-    assert main([*map(str, words), *(["--recipe", str(path)] if numbers else []), "--json"]) == 0
-    out, error = capsys.readouterr()
-    assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], error) == (13, [], "")
+@pytest.mark.parametrize("noise", [{}, {"--quant-noise-pq": 0.1}, {"--quant-noise-pq": 0.1, "--quant-stage-updates": "7,8,9"}])
+def test_compress_at_once_without_alarm(noise: dict, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """No stage was due, or the recipe is one that the training did not know, so none of its stages was missed."""
+    train(tmp_path / "run", data.lm, MLM, noise, {"--max-update": 1})
+    other = recipe(stages=[{"name": "emb", "update": 9}, {"name": "rest", "update": 9}])
+    other["rules"] = [{**rule, "stage": "emb" if rule["stage"] == "emb" else "rest"} for rule in other["rules"]]
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors", "--json"]
+    for more in (["--recipe", write_recipe(tmp_path / "r.yaml", other)], [])[: len(noise) + 1]:
+        assert main([str(word) for word in (*words, *more)]) == 0
+        out, error = capsys.readouterr()
+        missed = ["ffn", "emb", "attn"] if len(noise) == 2 and not more else []
+        assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], bool(error)) == (13, missed, bool(missed))
 
 
 def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:

@@ -169,7 +169,9 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
          dtype: torch.dtype | None = None) -> nn.Module:  # fmt: skip
     """The model of a small file, in eval mode. Nothing in the file is executed.
 
-    mode: "dense" decodes every weight once; "packed" keeps codes and codebooks in memory and computes with them.
+    mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on, without the codes.
+    "packed" keeps codes and codebooks in memory and computes with them; only what is dense beside them trains (biases, norms,
+    heads), and model.train() warns of it. Gradients of inputs are those of the dense model.
     model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place.
     dtype: of the whole model, e.g. torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32.
     Raises FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError, OSError.

@@ -26,6 +26,7 @@ from small import (
     answers,
     assert_answers,
     frozen,
+    loss,
     recipe,
     train_the_pad_row,
 )  # fmt: skip
@@ -60,7 +61,7 @@ def rounded(model: nn.Module, scheme: str) -> nn.Module:
             module, kind = name.rsplit(".", 1)
             value = getattr(model.get_submodule(module), kind)
             parameter.copy_(value if module in exact and kind == "weight" else value.half())
-    return twin.eval().requires_grad_(False)
+    return twin.eval()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,7 +78,41 @@ def test_the_loaded_model_answers_as_the_frozen_one(scheme: str, mode: str, tmp_
         for name in [*LAYERS, "head"]:
             weight, expected = loaded.get_submodule(name).weight, model.get_submodule(name).weight
             torch.testing.assert_close(weight, expected, rtol=tolerance, atol=tolerance * 0.1, check_dtype=True)
-            assert not weight.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_dense_answers_are_equal_whatever_the_layout_of_the_input(mode: Any, tmp_path: Path) -> None:
+    """matmul folds a batch or not by its strides and by whether the weight takes a gradient: here both take one."""
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "0", "scheme": "product", "n_centroids": 16}]})
+    fairseq_qn.freeze(model)
+    fairseq_qn.save(model, tmp_path / "m", parts="float32")
+    loaded = fairseq_qn.load(tmp_path / "m", model=nn.Sequential(nn.Linear(64, 48, bias=False)))
+    for x in (torch.randn(7, 5, 64), torch.randn(5, 7, 64).transpose(0, 1), torch.randn(7, 64, 5).transpose(1, 2)):
+        with mode():
+            found, expected = loaded[0].weight, model[0].weight
+            assert torch.equal(found, expected) and found.requires_grad and expected.requires_grad
+            assert torch.equal(loaded(x), model(x)) and torch.equal(x @ found.t(), x @ expected.t())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_dense_model_trains_on_as_any_other(device: str, tmp_path: Path) -> None:
+    """All of it, frozen layers too, as the same weights would in a model that never was quantised."""
+    fairseq_qn.save(frozen(), tmp_path / "m", parts="float32")
+    with torch.device(device):
+        fresh = Net()
+    loaded, twin = fairseq_qn.load(tmp_path / "m", model=fresh).train(), Net().train()
+    twin.load_state_dict(loaded.state_dict())
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    for model in (loaded, twin):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    for (name, tensor), expected in zip(loaded.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, expected, msg=name)
+        assert name.endswith("k_proj.bias") or not torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("k", [257, 32_768, 32_769])

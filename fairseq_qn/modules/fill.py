@@ -121,9 +121,8 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
         if mode == "packed" and home is not None:
             packed.append((weight, home, owners))
         else:
-            # Without gradient, as a view reads under no_grad: matmul folds batches by this flag, so the last bit depends on it.
             module, attribute = owners[0]
-            _assign(model, name, weight.dense(module._parameters[attribute].dtype)).requires_grad_(False)
+            _assign(model, name, weight.dense(module._parameters[attribute].dtype))
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)
@@ -137,15 +136,15 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
             module._set_skip_embed_dim_check()
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     module, attribute = _home(model, name)
     store = module._parameters if attribute in module._parameters else module._buffers
     old = store[attribute]
     if not old.is_meta:
-        return old.copy_(value)
+        old.copy_(value)
+        return
     value = value.to(old.dtype)
     store[attribute] = nn.Parameter(value, old.requires_grad) if store is module._parameters else value
-    return store[attribute]
 
 
 def _retie(model: nn.Module, first: str, other: str) -> None:

@@ -9,11 +9,26 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 
-from fairseq_qn.api import apply, figures, follow, freeze, inspect, load, predict_size, refresh, save, set_update
+from fairseq_qn.api import (
+    apply,
+    decoded_state_dict,
+    figures,
+    follow,
+    freeze,
+    inspect,
+    load,
+    predict_size,
+    refresh,
+    save,
+    set_update,
+)  # fmt: skip
 from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
+__all__ = [
+    "Recipe", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh",
+    "save", "set_update",
+]  # fmt: skip
 
 if find_spec("fairseq") is not None:
     _logger = logging.getLogger("fairseq")

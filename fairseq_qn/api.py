@@ -19,6 +19,7 @@ from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
 from fairseq_qn.modules import export
 from fairseq_qn.modules.clock import Clock, track
+from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.follow import follow
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
@@ -29,7 +30,10 @@ from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
-__all__ = ["apply", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save", "set_update"]
+__all__ = [
+    "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save",
+    "set_update",
+]  # fmt: skip
 
 Builder = Callable[[dict[str, Any], Mapping[str, bytes], Sequence[str]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}

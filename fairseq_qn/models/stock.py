@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq_qn.criterions.options import options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.tasks.quantised import QuantisedTaskConfig
 
@@ -45,11 +46,13 @@ def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[s
 
 def _weights(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The stored tensors without the views' buffers; under every name of a frozen weight, what is read."""
-    views = list(views_of(model))
-    buffers = {key for view in views for key in view.buffer_keys}
-    decoded = {id(v.weight): v.quantized(v.weight.detach()) for v in views if v.phase == FROZEN}
-    read = {key: decoded[id(p)] for key, p in model.state_dict(keep_vars=True).items() if id(p) in decoded}
-    return {key: read[key].to(t.dtype) if key in read else t for key, t in stored.items() if key not in buffers}
+    own, decoded = model.state_dict(keep_vars=True), decoded_state_dict(model)
+    frozen = {id(view.weight) for view in views_of(model) if view.phase == FROZEN}
+    return {
+        key: decoded[key].to(tensor.dtype) if id(own.get(key)) in frozen else tensor
+        for key, tensor in stored.items()
+        if key in decoded or key not in own
+    }
 
 
 def _config(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_
 from fairseq_qn.modules.follow import follow
 from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
 from fairseq_qn.modules.install import StoredParameters, install
+from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
@@ -176,7 +177,8 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
     mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on, without the codes.
     "packed" keeps codes and codebooks in memory and computes with them; only what is dense beside them trains (biases, norms,
     heads), and model.train() warns of it. Gradients of inputs are those of the dense model.
-    model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place.
+    model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place. Its
+    tensors, ties, classes and options such as eps have to be those that were saved; weights tied in the file are tied in it.
     dtype: of the whole model, e.g. torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32.
     Raises FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError, OSError.
     """
@@ -218,6 +220,7 @@ class File:
             name: tuple(w.shape) for name, w in layers.items()
         }
         check_fits(model, shapes, plan["ties"], plan["dropped"])
+        check_kinds(model, plan.get("modules", {}))
         if dtype is not None:
             model.to(dtype)
         fill(model, layers, dense, plan["ties"], plan["dropped"], mode)

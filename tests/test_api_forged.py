@@ -153,6 +153,7 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(
     assert loaded <= {
         "source",
         "assets",
+        "modules",
         "layers",
         "exponents",
         "parts",

@@ -8,6 +8,7 @@ layers      name -> codec entry of each quantised weight
 exponents   name -> exponent of those dense tensors that have one
 ties        [[name, other owner, ...], ...]; the weight is stored under the first
 dropped     modules that were left out
+modules     kind -> names of the modules of that kind, where the model is not rebuilt from `source`; files of before have none
 assets      name -> {bytes, codec}: files that travel inside, each a uint8 tensor `asset:<name>`, compressed by zlib or bz2,
             whichever is smaller (bz2 for a list of numbers such as RoBERTa's dictionary: 113 kB, not 136)
 source      how to rebuild the model ({"builder": ...}), or null
@@ -57,6 +58,10 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
             )
     if manifest["parts"] not in codec.FLOATS:
         raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {short(manifest['parts'])}")
+    kinds = manifest.get("modules", {})
+    names = [name for of_kind in kinds.values() for name in of_kind] if _are_lists(kinds) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{path}: modules: expected names by kind, found {short(kinds)}; the file is damaged, fetch it again")
     for name, exponent in manifest["exponents"].items():
         if type(exponent) is not int or abs(exponent) > 1000:
             raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {short(exponent)}")
@@ -203,3 +208,7 @@ def _is_shape(shape: Any) -> bool:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}[dtype]
+
+
+def _are_lists(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(value, list) for value in data.values())

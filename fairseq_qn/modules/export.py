@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
+from fairseq_qn.modules.kinds import kinds_of
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.quant import integer, product
@@ -104,6 +105,8 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
         "dropped": list(drop), "source": source, "assets": {name: entry for name, (entry, _) in packed.items()},
     }  # fmt: skip
+    if "builder" not in (source or {}):  # else the file's own model is built anew
+        content["modules"] = kinds_of(model, drop)
     skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}

@@ -107,13 +107,13 @@ def logits_of(run: Run, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["masked", "classifier", "gpt2"])
 def test_equal_logits(name: str, mode: str, answers: dict, masked: Run, classifier: Run, gpt2) -> None:
     """fp32 parts: those of the frozen training model, exactly (packed, which sums in another order, to 1e-5 of the largest);
-    fp16 parts: to 1e-3."""
+    fp16 parts: to 1e-3 of the largest."""
     run = {"masked": masked, "classifier": classifier, "gpt2": gpt2[0]}[name]
     exact, half = (answers[f"{name} {parts} {mode}"] for parts in ("float32", "float16"))
     expected = logits_of(run, exact["tokens"])
     for a, b, c in zip(expected, exact["logits"], half["logits"]):
         assert float((b - a).abs().max()) <= (1e-5 * float(a.abs().max()) if mode == "packed" else 0)
-        assert not c.equal(a) and float((c - a).abs().max()) < 1e-3
+        assert not c.equal(a) and float((c - a).abs().max()) < 1e-3 * max(1, float(a.abs().max()))
     assert float(torch.cat([e.flatten() for e in expected]).std()) > 0.05, "there is something to compare"
 
 

@@ -58,7 +58,7 @@ def watched() -> bool:
     """
     return (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )  # fmt: skip
 
 

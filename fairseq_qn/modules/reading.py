@@ -13,8 +13,11 @@ from fairseq_qn.errors import UnsupportedError
 
 def read(weight: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor] | None) -> Tensor:
     """value(weight); the gradient is gradient(that of the value), or that itself (None): the straight-through estimator."""
-    function = FunctionalRead if torch._C._are_functorch_transforms_active() else Read
-    return function.apply(weight, value, gradient)
+    if torch._C._are_functorch_transforms_active():
+        return FunctionalRead.apply(weight, value, gradient)
+    seen = Read.apply(weight, value, gradient)
+    # Where no gradient flows, flagged as the Parameter would be: matmul folds batches by it, so the last bit depends on it.
+    return seen if torch.is_grad_enabled() else seen.requires_grad_(weight.requires_grad)
 
 
 def refuse_tracing(name: str) -> None:

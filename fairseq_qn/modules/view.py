@@ -139,11 +139,8 @@ class WeightView:
             refuse_tracing(self.name)
             if self.rule.scheme == "product":
                 project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
-                value = read(weight, project, project)
-            else:
-                value = read(weight, self.quantized, None)
-            # As the Parameter in its place would be: matmul folds batches by this flag, so the last bit depends on it.
-            return value if torch.is_grad_enabled() else value.requires_grad_(weight.requires_grad)
+                return read(weight, project, project)
+            return read(weight, self.quantized, None)
         if not training or self._noise_kind == "none":
             return weight
         refuse_tracing(self.name)

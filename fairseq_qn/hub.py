@@ -23,6 +23,7 @@ from fairseq_qn.models.options import BPE_FILES
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.stock import to_stock
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
+from fairseq_qn.modules.fill import Dropped
 from fairseq_qn.tasks.bpe import Guarded, carry_bpe, checked_text, unpacked
 
 __all__ = [
@@ -74,7 +75,8 @@ class QNRobertaHub(RobertaHubInterface):
     @property
     def labels(self) -> list[str]:
         """Names of the classes of the first head, in the order of its logits; numbers where the file has no names for them."""
-        return self.labels_of(None) if self.model.classification_heads else []
+        heads = [module for module in self.model.classification_heads.values() if not isinstance(module, Dropped)]
+        return self.labels_of(None) if heads else []
 
     def labels_of(self, head: str | None) -> list[str]:
         """Names of a head's classes, likewise. The label dictionary is of the head that the task trained, and of no other."""
@@ -118,7 +120,7 @@ class QNRobertaHub(RobertaHubInterface):
         return self.predict(self._head(head), self.encode(*sentences), return_logits=True).flatten().float()
 
     def _head(self, head: str | None) -> str:
-        heads = list(self.model.classification_heads)
+        heads = [name for name, module in self.model.classification_heads.items() if not isinstance(module, Dropped)]
         head = head or (heads[0] if heads else None)
         if head not in heads:
             raise UnsupportedError(f"classify: expected one of the heads {heads}, found {head!r}")

@@ -59,7 +59,9 @@ def strip(args: argparse.Namespace) -> None:
     """Copy a checkpoint without the optimizer's state, which is twice the size of the weights."""
     import torch
 
-    state = torch.load(args.source, map_location="cpu", weights_only=False)  # written by our own fairseq-train
+    from fairseq_qn.models.checkpoint import read_checkpoint
+
+    state = read_checkpoint(args.source)
     state["last_optimizer_state"] = None
     torch.save(state, args.target)
 

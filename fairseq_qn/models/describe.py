@@ -127,8 +127,9 @@ def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:
         if name == "qn_masked_lm":
             return cls(config, first)
         if name == "qn_language_modeling":
-            size = given["output_dictionary_size"]
-            return cls(config, first, TruncatedDictionary(first, size) if size >= 0 else first)
+            size, model = given["output_dictionary_size"], source["model"]
+            tied = model.get("share_decoder_input_output_embed") and "adaptive_softmax_cutoff" not in model
+            return cls(config, first, TruncatedDictionary(first, size) if size >= 0 and not tied else first)
         return cls(config, first, found[options.NEEDED[name][1]])
 
 
@@ -137,9 +138,9 @@ def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> 
 
     stored: names of the file's tensors, and of modules that were left out of it.
     """
-    options.check_layers(source["model"], stored, "source.model")
-    name = source["model"]["_name"]
-    args = Namespace(**{**_defaults(MODEL_DATACLASS_REGISTRY.get(name)), **source["model"]})
+    given = options.check_layers(source["model"], stored, "source.model")
+    name = given["_name"]
+    args = Namespace(**{**_defaults(MODEL_DATACLASS_REGISTRY.get(name)), **given})
     with fairseq_refuses("source.model"), torch.device("meta"), NoData():
         model = MODEL_REGISTRY[name].build_model(args, task)
         for head, (classes, inner) in source["heads"].items():

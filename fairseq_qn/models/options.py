@@ -17,7 +17,7 @@ from fairseq_qn.models.kinds import Cutoffs, Flag, Folder, Kind, Named, Number, 
 
 Refusal = Callable[[str], QNError]  # the message -> what is raised
 DICTIONARIES = ("source_dictionary", "target_dictionary", "label_dictionary")
-MAX_LAYERS = 512  # fairseq takes 2 ms and 90 kB to build one
+MAX_LAYERS = 256  # fairseq takes 3 ms and 50 kB to build one
 MAX_SIZE = 1 << 16
 MAX_HEADS = 256  # classification heads
 
@@ -37,7 +37,6 @@ def _stack(side: str) -> dict[str, Kind]:
     }  # fmt: skip
 
 
-_STACKS = ("encoder.layers.", "encoder.sentence_encoder.layers.", "decoder.layers.")
 _DECODER = {
     **_stack("decoder"), "decoder_input_dim": _SIZE, "decoder_output_dim": _SIZE, "no_decoder_final_norm": _FLAG,
     "share_decoder_input_output_embed": _FLAG, "max_target_positions": _POSITIONS,
@@ -150,15 +149,19 @@ def one_of(choices: Iterable[str], value: Any, where: str, error: Refusal = Form
     return value
 
 
-def check_layers(model: Mapping[str, Any], stored: Iterable[str], where: str) -> None:
+def check_layers(model: Mapping[str, Any], stored: Iterable[str], where: str) -> dict[str, Any]:
     """Raise FormatError for more layers than there are tensors of: each costs time and memory before it is compared.
 
-    stored: names of the tensors, and of modules that were left out on purpose.
+    stored: names of the tensors, and of modules that were left out on purpose. Returns the options, with no layers in a stack
+    that was left out.
     """
     stored = list(stored)
-    if any(stack.startswith(f"{name}.") for stack in _STACKS for name in stored):
-        return  # a whole stack was left out
     numbers = {m[1] for m in (re.search(r"\.layers\.(\d+)(?:\.|$)", name) for name in stored) if m}
+    result = dict(model)
     for option in {"encoder_layers", "decoder_layers"} & model.keys():
-        if model[option] > len(numbers):
+        stacks = [f"{option.removesuffix('_layers')}.{stem}layers." for stem in ("", "sentence_encoder.")]
+        if any(stack.startswith(f"{name}.") for stack in stacks for name in stored):
+            result[option] = 0
+        elif model[option] > len(numbers):
             raise FormatError(f"{where}.{option}: expected up to {len(numbers)}, as tensors say, found {model[option]}")
+    return result

@@ -17,7 +17,7 @@ from fairseq_qn.models.options import BPE_FILES, BPES, TOKENIZERS, one_of, take
 # what the libraries do not check: one ends the process at other lines, the other reads on past them
 _CODES = {
     "fastbpe": re.compile(r"(\S+) (\S+) \d{1,9}"),
-    "subword_nmt": re.compile(r"(\S+) (\S+)|#version: \d{1,3}(\.\d{1,3})*"),
+    "subword_nmt": re.compile(r"(?!#version)(\S+) (\S+)|#version: \d{1,3}(\.\d{1,3})*"),
 }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,13 @@ def byte_bpe(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return hub.carry_bpe("gpt2", [folder / "encoder.json", folder / "vocab.bpe"])
 
 
-def save(kind: str, path: Path, source: dict[str, Any] | None = None, **more: Any) -> Path:
-    """The small file of `build`."""
+def save(kind: str, path: Path, drop: Sequence[str] = (), **more: Any) -> Path:
+    """The small file of `build`, with a byte-level BPE."""
     model = build(kind, **more)
     fairseq_qn.apply(model, RECIPE)
     fairseq_qn.freeze(model)
-    bpe, assets = byte_bpe(path.parent / "bpe")
-    fairseq_qn.save(model.eval(), path, assets=assets, source={**bpe, **(source or {})}, parts="float32")
+    source, assets = byte_bpe(path.parent / "bpe")
+    fairseq_qn.save(model.eval(), path, assets=assets, source=source, parts="float32", drop=drop)
     return path
 
 

@@ -102,7 +102,7 @@ REFUSED = {
     "data by interpolation": ({"task": {"data": f"${{oc.env:{MARK}}}"}}, "task.data"),
     "a recipe from disk": ({"model": {"quant_recipe": f"/{MARK}"}}, "model.quant_recipe"),
     "a recipe that reads": ({"task": {"quant_recipe": '{"keep": ["\\u0024{oc.env:' + MARK + '}"]}'}}, "task.quant_recipe"),
-    "many layers": ({"model": {"encoder_layers": 400}}, "encoder_layers: expected up to 2"),
+    "many layers": ({"model": {"encoder_layers": 200}}, "encoder_layers: expected up to 2"),
     "many layers to keep": ({"model": {"encoder_layers_to_keep": ",".join("0" * 300)}}, "encoder_layers: expected up to 2"),
     "heads that do not divide": ({"model": {"encoder_attention_heads": 3}}, "c.pt"),
     "another width": ({"model": {"encoder_embed_dim": 16}}, "do not fit its options"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from described import KINDS, ask, save, watched
+from described import KINDS, ask, build, save, watched
 from forging import parts
 
 import fairseq_qn
@@ -72,12 +72,14 @@ def places(data: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value)
 
 
-def edited(source: dict[str, Any], draw: random.Random, values: list[Any]) -> dict[str, Any]:
-    """A copy with one to three edits: a value changed, left out or moved, or an option added that was not there."""
+def edited(source: Any, draw: random.Random, values: list[Any]) -> Any:
+    """A copy of plain data with one to three edits: a value changed, left out or moved, or an option added."""
     source = copy.deepcopy(source)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         homes = [home for home, _ in places(source) if isinstance(home, dict)] + [source]
         home, key = draw.choice(list(places(source)))
+        if len(source) > 250 or "symbols" in source and draw.random() < 0.7:  # rather a dictionary's numbers than a symbol
+            home, key = source, draw.choice(list(source))
         kind = draw.random()
         if kind < 0.5:
             home[key] = copy.deepcopy(draw.choice(values))
@@ -114,9 +116,15 @@ def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeyp
     tensors, plan = parts(files[kind])
     trap, path = tmp_path / MARK, tmp_path / "f.qn.safetensors"
     draw, values, refused = random.Random(f"{kind} {SEED}"), hostile(trap), 0
+    files_inside = fairseq_qn.api.read(files[kind]).assets
     for _ in range(EDITS):
-        forged = edited(plan["source"], draw, values)
-        container.write(path, tensors, {**plan, "source": forged})
+        if draw.random() < 0.7:
+            forged = {"source": edited(plan["source"], draw, values)}
+            container.write(path, tensors, {**plan, **forged})
+        else:
+            name = draw.choice([name for name in plan["assets"] if name.endswith(".json")])
+            forged = {name: edited(json.loads(files_inside[name]), draw, values)}
+            forge(files[kind], path, {}, {name: json.dumps(forged[name]).encode()})
         refused += try_all(path, forged, monkeypatch, trap) != "answered"
     assert EDITS / 5 < refused < EDITS, "some edits matter, some do not"
 
@@ -178,7 +186,8 @@ REFUSED = {
     "another task": ({"task": {"_name": "translation_moe"}}, "source.task._name"),
     "a task of lists": ({"task": ["qn_masked_lm"]}, "source.task"),
     "characters": ({"model": {"_name": "qn_transformer_lm", "character_embeddings": True}}, "character_embeddings"),
-    "many layers": ({"model": {"encoder_layers": 400}}, "encoder_layers: expected up to 2"),
+    "more layers": ({"model": {"encoder_layers": 200}}, "encoder_layers: expected up to 2"),
+    "many layers": ({"model": {"encoder_layers": 10**9}}, "encoder_layers: expected a whole number from 0 to 256"),
     "heads that do not divide": ({"model": {"encoder_attention_heads": 3}}, "source.model"),
     "a head's name": ({"heads": {"keys": [2, 8]}}, "source.model"),
     "a head with a path": ({"heads": {"a.b": [2, 8]}}, "source.heads"),
@@ -256,3 +265,28 @@ def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkey
             path = forge(files[kind], tmp_path / "f.qn.safetensors", source)
             outcomes.append(try_all(path, source, monkeypatch, tmp_path / MARK))
     assert any("tokens, found" in outcome or "expected [" in outcome for outcome in outcomes)
+
+
+LEFT_OUT = [
+    *(f"{stack}{name}" for stack in ("encoder.sentence_encoder.", "encoder.", "decoder.") for name in (
+        "layers", "layers.0", "layers.0.self_attn", "layers.1.self_attn.q_proj", "layers.0.fc1", "embed_tokens",
+        "embed_positions", "lm_head", "output_projection", "layernorm_embedding",
+    )),
+    "encoder", "decoder", "classification_heads", "classification_heads.mood", "classification_heads.mood.out_proj",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_that_were_left_out(kind: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Asked for what is not in the file, an interface says so, whichever module it is."""
+    names = {name for name, _ in build(kind).named_modules()}
+    outcomes = {}
+    for name in [name for name in LEFT_OUT if name in names]:
+        try:
+            path = save(kind, tmp_path / "f.qn.safetensors", drop=[name])
+        except QNError as error:
+            outcomes[name] = str(error)
+        else:
+            outcomes[name] = try_all(path, name, monkeypatch, tmp_path / MARK)
+    other = {name: what for name, what in outcomes.items() if "left out" not in what and "heads" not in what}
+    assert len(outcomes) > 5 and not other

@@ -101,7 +101,7 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
     given["task"] = {"seed": (common or {}).get("seed", FALLBACKS["seed"]), **given["task"]}
     task = options.take({**TASKS[task_kind], **CHECKPOINT_TASK}, given["task"], f"{path}: task")
     options.check_layers({**model, **_kept(model)}, state["model"], f"{path}: model")
-    used = {key: FALLBACKS[key] for key in FALLBACKS.keys() & TASKS[task_kind].keys()}
+    used = {key: FALLBACKS[key] for key in FALLBACKS.keys() & TASKS[task_kind].keys() | {"seed"}}
     task = {**used, **task, "_name": task_kind}
     if MODEL_DATACLASS_REGISTRY.get(kind) is None:
         made: Any = Namespace(**model, _name=arch, arch=arch)

@@ -66,6 +66,7 @@ def test_its_weights_and_its_options_come_along(kind: str, flat: bool, states: d
         write(tmp_path / "c.pt", state)
     model, config, task = hub.load_checkpoint(tmp_path / "c.pt")
     assert all(tensor.equal(model.state_dict()[name]) for name, tensor in state["model"].items())
+    assert hub.load_checkpoint(write(tmp_path / "c.pt", state, task={"seed": None}))[1].common.seed == 1
     assert type(task).__name__.startswith("QN") and config.task.data == state["cfg"]["task"]["data"]
     assert model.__dict__["_qn_source"][0]["model"] == build(kind).__dict__["_qn_source"][0]["model"]
 

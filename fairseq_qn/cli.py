@@ -1,12 +1,14 @@
 """fairseq-qn: compress, inspect, verify, predict, import-hf, export-fairseq.
 
-Exit status 0: done. 1: the input is bad, said in one line on stderr. 2: wrong usage.
+Exit status 0: done. 1: the input is bad, said in one line on stderr (one for each line that `predict` cannot answer).
+2: wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +22,29 @@ from fairseq_qn.report import SizeReport, mb, table
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough: | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args) or 0
-    except (QNError, OSError) as error:
-        print(f"fairseq-qn: {one_line(str(error))}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
-        return 0
+        raise
+    except (QNError, OSError) as error:
+        _complain(error)
+        return 1
+
+
+def _complain(what: object) -> None:
+    print(f"fairseq-qn: {one_line(str(what))}", file=sys.stderr)
 
 
 def compress(args: argparse.Namespace) -> None:
@@ -101,17 +118,37 @@ def verify(args: argparse.Namespace) -> None:
     )
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Answer sentences: labels or the value of a classifier, fillings of <mask>, translations or continuations."""
+def predict(args: argparse.Namespace) -> int:
+    """Answer sentences: labels or the value of a classifier, fillings of <mask>, translations or continuations.
+
+    What cannot be answered (too long, not UTF-8) is named by number on stderr, the rest is answered, and the exit status is 1.
+    An empty line is answered as any other, so that answers stay in step with lines.
+    """
     interface = _hub().load_interface(args.file, args.mode)
-    for line in args.sentence or (line.rstrip("\n") for line in sys.stdin):
-        answers = _answer(interface, line, args)
+    if hasattr(interface, "classify"):  # what is wrong with every line is said once
+        interface.encode("")
+        if args.head:
+            interface.labels_of(args.head)
+    if not args.sentence:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # as for the words of a command
+    status = 0
+    for number, line in enumerate(args.sentence or sys.stdin, 1):
+        line = line.rstrip("\n")
+        try:
+            line.encode()
+            answers = _answer(interface, line, args)
+        except (QNError, UnicodeEncodeError) as error:
+            why = "expected UTF-8, found other bytes" if isinstance(error, UnicodeEncodeError) else error
+            _complain(f"{'sentence' if args.sentence else 'line'} {number}: {why}")
+            status = 1
+            continue
         if args.json:
             print(json.dumps({"input": line, "answers": [{"text": text, "score": score} for text, score in answers]}))
             continue
         print(line)
         for text, score in answers:
             print(f"  {text}" if score is None else f"  {score:7.2%}  {text}")
+    return status
 
 
 def import_hf(args: argparse.Namespace) -> None:
@@ -183,9 +220,24 @@ def _progress(views: Sequence[Any]) -> Any:
     return tqdm(views, desc="learning codebooks", unit="layer", leave=False, disable=None if views else True)
 
 
+def _count(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+class _Intermixed(argparse.ArgumentParser):
+    """Takes options before, between and after the other words."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.parse_known_args = super().parse_known_args  # which the next line calls
+        return self.parse_known_intermixed_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fairseq-qn", description="Extreme compression of fairseq models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Intermixed)
 
     def command(name: str, run: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
@@ -205,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--bpe", help="sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt")
     sub.add_argument("--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="travel inside the file")
     sub.add_argument("--bpe-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. wordpiece_cased=true")
-    sub.add_argument("--iterations", type=int, default=20, help="iterations of k-means")
+    sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
     sub = command("inspect", inspect)
     sub.add_argument("file", type=Path)
     sub.add_argument("--all", action="store_true", help="list every layer")
@@ -217,8 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("sentence", nargs="*", help="default: lines of stdin; a tab separates the sentences of a pair")
     sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
     sub.add_argument("--head", help="classification head; default: the first")
-    sub.add_argument("--top", type=int, default=3, help="answers a sentence")
-    sub.add_argument("--beam", type=int, default=5)
+    sub.add_argument("--top", type=_count, default=3, help="answers a sentence")
+    sub.add_argument("--beam", type=_count, default=5, help="hypotheses of a translation or continuation")
     sub = command("import-hf", import_hf)
     sub.add_argument("folder", type=Path)
     sub.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint, e.g. DIR/model.pt")

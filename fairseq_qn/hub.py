@@ -61,7 +61,7 @@ class QNRobertaHub(RobertaHubInterface):
             raise UnsupportedError("fill_mask: the model's dictionary has no <mask>; it was not trained to fill one")
         self.task.mask_idx = self.task.source_dictionary.index("<mask>")  # a classifier's task does not keep it
         try:
-            return super().fill_mask(masked_input, topk)
+            return super().fill_mask(masked_input, min(topk, len(self.task.source_dictionary)))
         except IndexError as error:  # of the table of positions
             longest = self.model.max_positions()
             raise UnsupportedError(f"fill_mask: expected up to {longest} tokens, found more; shorten the sentence") from error

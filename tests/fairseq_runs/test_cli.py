@@ -127,7 +127,7 @@ def test_predict_fills_a_mask(files: dict[str, Path], said) -> None:
 
 
 def test_predict_reads_lines(files: dict[str, Path], said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(LINES) + "\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(LINES).encode())))
     rows = [json.loads(row) for row in said("predict", files["classifier"], "--json").splitlines()]
     assert [row["input"] for row in rows] == LINES
 

@@ -121,6 +121,14 @@ def test_predict(made: Made, capsys: pytest.CaptureFixture) -> None:
     assert [row["answers"][0]["text"] for row in rows] == hub.translate(LINES[:2], beam=3)
 
 
+def test_predict_answers_around_a_line_that_is_too_long(made: Made, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    assert main(["predict", str(made.small), "ka " * 2000, "", LINES[0], "--json"]) == 1
+    said = capsys.readouterr()
+    assert [json.loads(row)["input"] for row in said.out.splitlines()] == ["", LINES[0]]
+    assert said.err.count("\n") == 1 and "sentence 1: expected up to" in said.err
+
+
 def test_half_precision_parts(made: Made, tmp_path: Path) -> None:
     """The default file: scores to 1e-3."""
     small = tmp_path / "half.qn.safetensors"

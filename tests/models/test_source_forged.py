@@ -1,4 +1,7 @@
-"""Forged sources under right digests: each loads, or is refused by name; none runs, reads, fetches or leaks anything."""
+"""Forged sources under right digests: each loads, or is refused by name; none runs, reads, fetches or leaks anything.
+
+Random edits are the same in each run of the tests; QN_FUZZ_EDITS=2000 QN_FUZZ_SEED=7 makes more of them, and others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from fairseq_qn.errors import FormatError, QNError
 from fairseq_qn.models.describe import checked
 from fairseq_qn.models.options import BPE_FILES, MODELS, TASKS
 
-EDITS = int(os.environ.get("QN_FUZZ_EDITS", "60"))  # of each kind of model
+EDITS = int(os.environ.get("QN_FUZZ_EDITS", "50"))  # half as many of the kinds that take longer
 SEED = int(os.environ.get("QN_FUZZ_SEED", "0"))
 Patch = pytest.MonkeyPatch
 MARK = "qn_trap"  # in whatever would run, be opened or be read
@@ -117,7 +120,8 @@ def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeyp
     trap, path = tmp_path / MARK, tmp_path / "f.qn.safetensors"
     draw, values, refused = random.Random(f"{kind} {SEED}"), hostile(trap), 0
     files_inside = fairseq_qn.api.read(files[kind]).assets
-    for _ in range(EDITS):
+    times = EDITS if kind == "qn_roberta" else EDITS // 2
+    for _ in range(times):
         if draw.random() < 0.7:
             forged = {"source": edited(plan["source"], draw, values)}
             container.write(path, tensors, {**plan, **forged})
@@ -126,7 +130,7 @@ def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeyp
             forged = {name: edited(json.loads(files_inside[name]), draw, values)}
             forge(files[kind], path, {}, {name: json.dumps(forged[name]).encode()})
         refused += try_all(path, forged, monkeypatch, trap) != "answered"
-    assert EDITS / 5 < refused < EDITS, "some edits matter, some do not"
+    assert times / 5 < refused < times, "some edits matter, some do not"
 
 
 
@@ -177,6 +181,20 @@ def test_what_no_table_holds_is_ignored(files: dict[str, Path], tmp_path: Path, 
         assert try_all(path, more, monkeypatch, trap) == "answered"
         ours, theirs = (fairseq_qn.load(p).state_dict() for p in (path, files[kind]))
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_cutoffs_of_files_of_before_are_text(tmp_path: Path, monkeypatch: Patch) -> None:
+    """fairseq evaluates it; here it is read, and fairseq gets the list."""
+    bands = {"adaptive_softmax_cutoff": "20,60", "adaptive_input_cutoff": "20,60", "adaptive_input": True}
+    factors = {"adaptive_softmax_factor": 2, "adaptive_input_factor": 2, "tie_adaptive_weights": True}
+    more = {**bands, **factors, "share_decoder_input_output_embed": False}
+    saved = save("qn_transformer_lm", tmp_path / "a.qn.safetensors", **more)
+    model = fairseq_qn.inspect(saved)["source"]["model"]
+    assert model["adaptive_softmax_cutoff"] == model["adaptive_input_cutoff"] == [20, 60]
+    path = forge(saved, tmp_path / "f.qn.safetensors", {"model": bands})
+    assert try_all(path, bands, monkeypatch, tmp_path / MARK) == "answered"
+    ours, theirs = (fairseq_qn.load(p).state_dict() for p in (path, saved))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 REFUSED = {
@@ -259,7 +277,7 @@ def test_positions_that_are_computed_take_no_memory(files: dict[str, Path], tmp_
 def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
     """Fewer than the sentence has tokens: that is said, by name."""
     outcomes = []
-    for n in range(2, 9):
+    for n in (2, 4, 7):
         few = dict.fromkeys(("max_positions", "max_source_positions", "max_target_positions", "tokens_per_sample"), n)
         for source in ({"model": few, "task": few}, {"task": few}):
             path = forge(files[kind], tmp_path / "f.qn.safetensors", source)
@@ -269,8 +287,8 @@ def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkey
 
 LEFT_OUT = [
     *(f"{stack}{name}" for stack in ("encoder.sentence_encoder.", "encoder.", "decoder.") for name in (
-        "layers", "layers.0", "layers.0.self_attn", "layers.1.self_attn.q_proj", "layers.0.fc1", "embed_tokens",
-        "embed_positions", "lm_head", "output_projection", "layernorm_embedding",
+        "layers", "layers.0.self_attn", "layers.1.self_attn.q_proj", "embed_tokens", "embed_positions", "lm_head",
+        "output_projection",
     )),
     "encoder", "decoder", "classification_heads", "classification_heads.mood", "classification_heads.mood.out_proj",
 ]  # fmt: skip
@@ -289,4 +307,4 @@ def test_modules_that_were_left_out(kind: str, tmp_path: Path, monkeypatch: Patc
         else:
             outcomes[name] = try_all(path, name, monkeypatch, tmp_path / MARK)
     other = {name: what for name, what in outcomes.items() if "left out" not in what and "heads" not in what}
-    assert len(outcomes) > 5 and not other
+    assert len(outcomes) > 4 and not other

@@ -1,5 +1,6 @@
 """fairseq's tasks with quantisation noise and stages."""
 
-from fairseq_qn.tasks import fairseq_tasks, numpy2, wordpiece  # noqa: F401
+from fairseq_qn.tasks import checkpoint_copies, fairseq_tasks, numpy2, wordpiece  # noqa: F401
 
+checkpoint_copies.allow()
 numpy2.allow()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fairseq_qn.errors import NonFiniteWeight
+from fairseq_qn.modules.digest import sign
 from fairseq_qn.modules.view import CODED, FLOAT, FROZEN, WeightView
 from fairseq_qn.quant import product
 from fairseq_qn.quant.kmeans import count_nonfinite
@@ -105,6 +106,7 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
             if view.rule.scheme == "product":
                 torch.distributed.broadcast(view.codes, owner[view.name])
                 view.codes.add_(0)  # a broadcast does not count as a write: tell caches that the codes changed
+                sign(view)
         errors = _all_errors(views, errors)
     return [
         LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0))
@@ -142,5 +144,6 @@ def _learn(view: WeightView, iterations: int) -> float:
         seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
     )  # fmt: skip
     view.codes.copy_(codes)
+    sign(view)
     total = clusters.energy + (0.0 if pad is None else float(weight[pad].double().square().sum()))  # the pad row is exact
     return clusters.objective / total if total > 0 else 0.0

@@ -7,11 +7,13 @@ away, is refused by name.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
+from fairseq_qn.modules import digest
 from fairseq_qn.modules.seen import REPARAMETRISED, show
 from fairseq_qn.modules.view import SHARDED, WeightView, kind
 
@@ -32,7 +34,7 @@ def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
     body = {attribute: _view_property(attribute) for attribute in attributes}
     body |= {"_qn_base": base, "__setattr__": _set_attribute, "__reduce_ex__": _reduce, "__delattr__": _delete_attribute}
     body |= {"register_parameter": _register_parameter, "_replicate_for_data_parallel": _replicate}
-    body |= {"__prepare_scriptable__": _script}
+    body |= {"__prepare_scriptable__": _script, "_load_from_state_dict": _load}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
 
@@ -88,6 +90,14 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
                 self._parameters.update({attribute: view.stored(), **others})  # first, as a layer has it
             raise UnsupportedError(f"{view.name}: {REPARAMETRISED}")
     nn.Module.register_parameter(self, name, param)
+
+
+def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """torch's loading of this module alone, once phases and codes have been checked. Raises MismatchError."""
+    for view in self._qn_views.values():
+        if view.home is self:
+            digest.complete(view, state, prefix + view.prefix)
+    type(self)._qn_base._load_from_state_dict(self, state, prefix, *rest)
 
 
 def _replicate(self: nn.Module) -> nn.Module:

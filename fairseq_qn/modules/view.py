@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
+from fairseq_qn.modules import digest
 from fairseq_qn.modules.clock import Clock, Time
 from fairseq_qn.modules.reading import read, refuse_tracing
 from fairseq_qn.quant import integer, noise, product
@@ -33,8 +34,9 @@ SHARDED = "views need whole Parameters, which FSDP and nn.DataParallel take apar
 class WeightView:
     """How one Parameter is read, by all modules that own it.
 
-    Its buffers `phase` (uint8 scalar) and, for product quantisation, `codes` [out_features, blocks a row] are registered on
-    `home`, the owner that the recipe matched, when the view is made; state-dict keys are therefore the same in every phase.
+    Its buffers `phase` (uint8 scalar), for product quantisation `codes` [out_features, blocks a row], and `digest` of both
+    are registered on `home`, the owner that the recipe matched, when the view is made; state-dict keys are therefore the
+    same in every phase.
     """
 
     def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, attribute: str, clock: Clock) -> None:
@@ -63,6 +65,7 @@ class WeightView:
                 dtype = product.codes_dtype(self.n_centroids)
                 codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
                 home.register_buffer(f"{self.prefix}codes", codes)
+            home.register_buffer(f"{self.prefix}digest", torch.zeros(digest.SIZE, dtype=torch.int64, device=weight.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
@@ -83,7 +86,7 @@ class WeightView:
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """Names of this view's buffers on `home`."""
-        names = ("phase", "codes") if self.rule.scheme == "product" else ("phase",)
+        names = ("phase", "codes", "digest") if self.rule.scheme == "product" else ("phase", "digest")
         return tuple(self.prefix + name for name in names)
 
     @property
@@ -104,6 +107,7 @@ class WeightView:
     @phase.setter
     def phase(self, value: int) -> None:
         self.home._buffers[f"{self.prefix}phase"].fill_(value)
+        digest.sign(self)
 
     @property
     def groups(self) -> product.Groups:
@@ -112,10 +116,14 @@ class WeightView:
         return self._derived(f"{self.prefix}codes", group)
 
     def _derived(self, name: str, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait for it."""
+        """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait for it.
+
+        Raises ViewError where what was written is not what the digest says.
+        """
         buffer = self.home._buffers[name]
         kept = self._cache.get(name)
         if kept is None or kept[0] is not buffer or kept[1] != buffer._version:
+            digest.check(self)
             kept = self._cache[name] = (buffer, buffer._version, compute(buffer))
         return kept[2]
 

@@ -68,7 +68,7 @@ def test_pretrained_weights_come_along(pretrained: dict[str, Run], data, tmp_pat
         {"--quant-recipe": write_recipe(tmp_path / "r.yaml", with_heads(4))},
     )
     before, after = pretrained["noisy"].at(4)["model"], run.at(1)["model"]
-    shared = [key for key in before if not key.endswith(("codes", "phase"))]
+    shared = [key for key in before if not key.endswith(("codes", "phase", "digest"))]
     assert differing({key: before[key] for key in shared}, {key: after[key] for key in shared}) == []
     assert (
         before["encoder.sentence_encoder.layers.0.fc1.codes"].shape
@@ -115,7 +115,7 @@ def test_from_a_frozen_checkpoint(pretrained: dict[str, Run], data, tmp_path: Pa
     }
     run = train(tmp_path, data.classes, CLASSES, {"--quant-stage-updates": "1,1,2", "--max-update": 4}, options, RESETS)
     before, after = pretrained["frozen"].at(4)["model"], run.at(4)["model"]
-    codes = [key for key in before if key.endswith(("codes", "phase"))]
+    codes = [key for key in before if key.endswith(("codes", "phase", "digest"))]
     assert len(codes) > 20
     assert differing({key: before[key] for key in codes}, {key: after[key] for key in codes}) == []
     assert all(view.phase == FROZEN for view in views_of(run.model))

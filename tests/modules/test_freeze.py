@@ -159,7 +159,7 @@ def test_stages_freeze_one_by_one_in_any_order() -> None:
         }
         done |= names[stage]
         changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-        assert changed == {f"{n}.{buffer}" for n in names[stage] for buffer in ("phase", "codes")}
+        assert changed == {f"{n}.{buffer}" for n in names[stage] for buffer in ("phase", "codes", "digest")}
         assert {v.name.removesuffix(".weight") for v in views_of(model) if v.phase == FROZEN} == done
         assert fairseq_qn.freeze(model, stage) == []
         model(IDS)

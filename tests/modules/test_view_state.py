@@ -45,19 +45,19 @@ def assert_same(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) 
     assert torch.equal(a[0], b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
 
 
-def test_apply_touches_no_parameter_and_adds_two_buffers_a_layer() -> None:
+def test_apply_touches_no_parameter_and_adds_three_buffers_a_layer() -> None:
     model = Net()
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     fairseq_qn.apply(model, recipe())
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
     added = set(model.state_dict()) - set(keys)
-    assert added == {f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "codes")}
+    assert added == {f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "codes", "digest")}
     assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in Net().modules()]
     assert isinstance(model.embed, nn.Embedding) and isinstance(model.block.fc1, nn.Linear)
     integers = Net()
     fairseq_qn.apply(integers, recipe(scheme="integer"))
-    assert set(integers.state_dict()) - set(keys) == {f"{name}.phase" for name in LAYERS}
+    assert set(integers.state_dict()) - set(keys) == {f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "digest")}
 
 
 def test_keys_shapes_and_dtypes_of_the_state_dict_are_the_same_in_every_phase() -> None:
@@ -286,5 +286,5 @@ def test_a_plain_checkpoint_loads_with_strict_off() -> None:
     with pytest.raises(RuntimeError, match="embed.phase"):
         model.load_state_dict(Net().state_dict())
     missing = model.load_state_dict(Net(3).state_dict(), strict=False)
-    assert not missing.unexpected_keys and all(key.endswith(("phase", "codes")) for key in missing.missing_keys)
+    assert not missing.unexpected_keys and all(key.endswith(("phase", "codes", "digest")) for key in missing.missing_keys)
     assert torch.equal(model.eval()(IDS), Net(3).eval()(IDS))

@@ -249,7 +249,8 @@ def test_files_inside_that_make_no_sense(name: str, files: dict[str, Path], tmp_
     tensors, plan = parts(files["qn_roberta"])
     empty = {"symbols": [], "nspecial": 0, **{f"{word}_index": 0 for word in ("bos", "pad", "eos", "unk")}}
     for data in [*BROKEN[name], *([json.dumps(empty).encode()] if name.startswith("source") else [])]:
-        path = forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", {}, {name: data})
+        source = {"task": {"_name": "qn_masked_lm"}} if name.startswith("source") else {}
+        path = forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", source, {name: data})
         outcome = try_all(path, data.decode(errors="replace"), monkeypatch, tmp_path / MARK)
         assert outcome != "answered" or name == "vocab.bpe"
 

@@ -25,7 +25,7 @@ def small(data, classifier: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def shell(script: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """What bash makes of a script in a fresh process, with fairseq-qn on its path."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": ""}
     return subprocess.run(["bash", "-c", script], cwd=cwd, env=env, input=stdin, capture_output=True, timeout=300)
 
 

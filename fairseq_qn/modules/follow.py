@@ -19,7 +19,7 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, update: int = 0) 
 
     update: steps made before, where training resumes: the same number draws the same masks. Steps that a gradient scaler
     leaves out do not count. Of several optimizers give the one that steps last. A second call takes the first one's place,
-    set_update's too. The handle's remove() ends it. Codes that exact noise lacks are learned here.
+    set_update's too. The handle's remove() stops the count. Codes that exact noise lacks are learned here.
     Raises UnsupportedError for a model without views or what is no optimizer, NonFiniteWeight.
     """
     views = list(views_of(model))

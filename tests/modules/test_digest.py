@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def same(a: State, b: State) -> bool:
 
 
 @LOADERS
-@pytest.mark.parametrize("n", [2, 3, 128, 300])
+@pytest.mark.parametrize("n", [2, 3, 300])
 def test_the_mean_of_dense_checkpoints_loads(load: Callable, n: int) -> None:
     states = [made(0, seed).state_dict() for seed in range(2)]
     model = made(0)
@@ -93,7 +94,7 @@ def test_the_mean_of_dense_checkpoints_loads(load: Callable, n: int) -> None:
 @LOADERS
 @pytest.mark.parametrize("kind", ["product", "many"])
 @pytest.mark.parametrize("phase", [CODED, FROZEN])
-@pytest.mark.parametrize("n", [2, 128, 300])
+@pytest.mark.parametrize("n", [2, 128])
 def test_the_mean_of_other_codes_is_refused(load: Callable, n: int, phase: int, kind: str) -> None:
     states = [made(phase, seed, kind).state_dict() for seed in range(2)]
     target = made(0, 5, kind)
@@ -114,7 +115,7 @@ def test_the_mean_of_two_phases_is_refused(load: Callable, phases: tuple[int, ..
 
 @LOADERS
 @pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("n", [2, 3, 100, 127, 128, 200])
+@pytest.mark.parametrize("n", [2, 100, 128])
 def test_equal_codes_are_taken_where_their_mean_is_right_and_nowhere_else(load: Callable, n: int, kind: str) -> None:
     state = made(FROZEN, 0, kind).state_dict()
     averaged = mean([state] * n)
@@ -129,10 +130,15 @@ def test_equal_codes_are_taken_where_their_mean_is_right_and_nowhere_else(load: 
             load(target, averaged)
 
 
+@cache
+def stored(phase: int) -> State:
+    return made(phase).state_dict()
+
+
 @given(st.data())
 def test_no_change_of_codes_or_phase_passes(data: st.DataObject) -> None:
     """One code or one phase, changed by hand in any way."""
-    state = {name: tensor.clone() for name, tensor in made(data.draw(st.sampled_from([CODED, FROZEN]))).state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in stored(data.draw(st.sampled_from([CODED, FROZEN]))).items()}
     flat = state[data.draw(st.sampled_from(sorted(buffers(state))))].view(-1)
     i = data.draw(st.integers(0, len(flat) - 1))
     flat[i] = data.draw(st.integers(0, 255).filter(lambda value: value != int(flat[i])))

@@ -182,20 +182,20 @@ def _apart(points: _Points, count: int, k: int, generator: torch.Generator, erro
     """Rows [count, d] that lie apart, with errors fp64 [n] also from the codewords that leave these.
 
     They come from a sample: by the errors, or half uniform, half by the squared distance to the mean, so that it holds
-    what lies far out (Bachem, Lucic & Krause 2018). Where too few rows differ, the last are copies of the first.
+    what lies far out (Bachem, Lucic & Krause 2018). Where too few rows differ, the last are copies of one.
     """
     mass = errors
     if mass is None:
         one = torch.zeros(len(points.x), dtype=torch.int32, device=points.x.device)
         mass = _errors(points.x, one, points.shift.unsqueeze(0))
-        mass = mass + _total(mass) / len(mass)
+        mass = mass + (_total(mass) / len(mass)).clamp(min=1e-300)
     greedy = count <= GREEDY
     chosen, weights = seeding.sample(mass, POOL * k if greedy else count, generator)
     rows = points.x[chosen]
     if greedy:
         near = None if errors is None else (errors[chosen] / points.scale**2).float()
         rows = rows[seeding.apart(points.place(rows), weights, count, generator, near)]
-    return torch.cat([rows, rows[:1].expand(count - len(rows), -1)])
+    return torch.cat([rows, points.x[:1].expand(count - len(rows), -1)])
 
 
 def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import weights
 from test_kmeans import ENGINES, gaussian, objective, same, using
@@ -112,6 +112,7 @@ def test_never_worse_than_faiss(name: str) -> None:
     more=st.integers(0, 9),
     seed=st.integers(0, 99),
 )
+@example(blocks=torch.tensor([[1.5, -0.25]] * 2), copies=16, more=0, seed=0)
 def test_where_no_more_blocks_differ_than_codewords_nothing_is_lost(
     engine: str, greedy: int, blocks: Tensor, copies: int, more: int, seed: int
 ) -> None:
@@ -131,6 +132,11 @@ def test_codewords_without_blocks_are_all_moved(greedy: int, monkeypatch: pytest
     used = [len(kmeans(x, 31, start=start, iterations=i).codes.unique()) for i in (1, 2, 20)]
     assert used[0] == 1 and used[2] == 31
     assert used[1] == 31 or greedy == 3, "at once, where they are chosen one by one"
+
+
+def test_errors_that_fp32_cannot_hold_beside_the_largest_weight() -> None:
+    x = torch.cat([torch.full((40, 1), 3e38), torch.arange(40.0).reshape(-1, 1) * 1e-10])
+    assert kmeans(x, 4, start=torch.tensor([[3e38], [0.0], [2e38], [2.1e38]])).codes.unique().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["90% zeros", "Cauchy", "2 K blocks"])

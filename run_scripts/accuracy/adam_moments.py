@@ -15,7 +15,7 @@ from pathlib import Path
 def cells(out: Path) -> list[dict]:
     """One row for each finished run: moments, beta2, seed, loss, accuracy, seconds."""
     rows = []
-    for done in sorted(out.glob("*-*-*.done")):
+    for done in sorted([*out.glob("kept-*.done"), *out.glob("projected-*.done")]):
         moments, beta2, seed = done.stem.rsplit("-", 2)
         valid = re.findall(r"\| valid \| (\{.*\})", done.with_suffix(".log").read_text())
         figures = json.loads(valid[-1])

@@ -10,9 +10,10 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
-import fairseq_qn
 from fairseq_qn.config_dir import config_dir
 from fairseq_qn.models.describe import NoData
+from fairseq_qn.modules.match import match
+from fairseq_qn.recipe import Recipe
 
 RECIPES = sorted((config_dir() / "recipes").glob("*.yaml"))
 
@@ -56,7 +57,7 @@ def build(arch: str, options: tuple[str, ...], vocabulary: int = 50_265) -> torc
 @pytest.mark.parametrize(("recipe", "arch", "options"), TABLE)
 def test_a_ready_recipe_covers_its_architecture(recipe: str, arch: str, options: tuple[str, ...]) -> None:
     model = build(arch, options)
-    coverage = fairseq_qn.apply(model, config_dir() / "recipes" / f"{recipe}.yaml")
+    _, coverage = match(model, Recipe.load(config_dir() / "recipes" / f"{recipe}.yaml"))
     layers, share = TABLE[recipe, arch, options]
     assert (len(coverage.matched), round(coverage.share, 3)) == (layers, share), str(coverage)
 
@@ -70,5 +71,5 @@ def test_every_ready_recipe_is_in_the_table() -> None:
 def test_the_recipes_of_the_scripts_cover_a_roberta(name: str) -> None:
     model = build("qn_roberta_base", ())
     model.register_classification_head("head", 77, 768)
-    coverage = fairseq_qn.apply(model, config_dir() / "recipes" / f"{name}.yaml")
+    _, coverage = match(model, Recipe.load(config_dir() / "recipes" / f"{name}.yaml"))
     assert len(coverage.matched) >= 73 and not any("embed_positions" in left for left in coverage.left)

@@ -217,3 +217,10 @@ def test_the_largest_integers_that_fp32_holds_still_load(tmp_path: Path) -> None
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m")
     assert torch.isfinite(fairseq_qn.load(tmp_path / "m", model=Wide()).fc.weight).all()
+
+
+def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    size = 3 << 20
+    (tmp_path / "f").write_bytes(size.to_bytes(8, "little") + b" " * size)
+    with pytest.raises(FormatError, match="header length"):
+        fairseq_qn.inspect(tmp_path / "f")

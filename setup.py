@@ -12,8 +12,11 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests only
-EXTRAS["benchmark"] = EXTRAS["oracle"] + ["aqlm>=1.1.6", "numba>=0.59"]  # peers, for run_scripts/benchmark.sh only
-EXTRAS["test"] = EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+# peers, for run_scripts/benchmark.sh only
+EXTRAS["benchmark"] = EXTRAS["oracle"] + ["aqlm>=1.1.6", "numba>=0.59"]
+EXTRAS["test"] = (
+    EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+)
 
 
 def _kernels(pattern: str) -> list[str]:
@@ -23,21 +26,28 @@ def _kernels(pattern: str) -> list[str]:
 setup(
     name="fairseq-qn",
     version="0.1.0",
-    description="Quant-Noise and iterative product quantisation for fairseq, down to one small file that answers",
+    description="Quant-Noise and iterative product quantisation for fairseq, down to one small file that "
+    "answers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     author="fairseq_qn authors",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["fairseq_qn", "fairseq_qn.*"]),
-              "fairseq_qn.configs", "hydra_plugins", "hydra_plugins.fairseq_qn"],
-    # configs/ stays at the top of the tree and is installed inside the package; `fairseq_qn.config_dir` finds either.
-    # Hydra looks for plugins in the namespace package hydra_plugins, whose own folder must hold no __init__.py.
+    packages=[
+        *find_packages(include=["fairseq_qn", "fairseq_qn.*"]),
+        "fairseq_qn.configs",
+        "hydra_plugins",
+        "hydra_plugins.fairseq_qn",
+    ],
+    # configs/ stays at the top of the tree and is installed inside the package; `fairseq_qn.config_dir`
+    # finds either. Hydra looks for plugins in the namespace package hydra_plugins, whose own folder must
+    # hold no __init__.py.
     package_dir={"fairseq_qn.configs": "configs", "hydra_plugins": "fairseq_qn/hydra_plugins"},
     package_data={"fairseq_qn.configs": ["*.md", "*.yaml", "**/*.yaml"]},
     install_requires=[
         "torch>=2.1",
-        # fairseq 0.12.2 does not import on Python 3.11, nor with numpy 1.24; fairseq-fixed is its code for 3.11 on
+        # fairseq 0.12.2 does not import on Python 3.11, nor with numpy 1.24; fairseq-fixed is its code for
+        # 3.11 on
         'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
         'fairseq==0.12.2; python_version < "3.11"',
         'numpy>=1.21; python_version >= "3.11"',
@@ -53,7 +63,11 @@ setup(
     # Optional: without a compiler everything works, and codebooks take some ten times longer.
     ext_modules=[
         Extension(
-            "fairseq_qn.kernels._native", _kernels("*.c"), depends=_kernels("*.h"), extra_compile_args=["-O3"], optional=True
+            "fairseq_qn.kernels._native",
+            _kernels("*.c"),
+            depends=_kernels("*.h"),
+            extra_compile_args=["-O3"],
+            optional=True,
         )
     ],  # fmt: skip
     zip_safe=False,

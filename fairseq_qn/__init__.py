@@ -1,7 +1,7 @@
 """fairseq_qn: train with quantisation noise, quantise in stages, ship one small file.
 
-Importing the package registers its models, tasks and criterion with fairseq where fairseq is installed; the verbs work on
-any `nn.Module` without it.
+Importing the package registers its models, tasks and criterion with fairseq where fairseq is installed; the
+verbs work on any `nn.Module` without it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "Recipe", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh",
+    "Recipe", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
+    "predict_size", "refresh",
     "save", "set_update",
 ]  # fmt: skip
 
@@ -35,7 +36,8 @@ if find_spec("fairseq") is not None:
     _level = _logger.level
     _logger.setLevel(logging.WARNING)  # fairseq's import talks about optional extras of other tasks
     try:
-        # fairseq imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the package is imported already.
+        # fairseq imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the package is
+        # imported already.
         from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
         from fairseq_qn.tasks import checkpoint_classes
     finally:

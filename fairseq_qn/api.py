@@ -22,7 +22,14 @@ from fairseq_qn.modules.clock import Clock, track
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
 from fairseq_qn.modules.follow import follow
-from fairseq_qn.modules.freeze import LayerReport, Progress, distortion, freeze_views, refresh_due, refresh_views
+from fairseq_qn.modules.freeze import (
+    LayerReport,
+    Progress,
+    distortion,
+    freeze_views,
+    refresh_due,
+    refresh_views,
+)
 from fairseq_qn.modules.install import StoredParameters, install
 from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.match import Coverage, Match, match
@@ -32,7 +39,8 @@ from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
 __all__ = [
-    "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size", "refresh", "save",
+    "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size",
+    "refresh", "save",
     "set_update",
 ]  # fmt: skip
 
@@ -41,20 +49,26 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def apply(
-    model: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path, *, seed: int | None = None, strict: bool = True
+    model: nn.Module,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    seed: int | None = None,
+    strict: bool = True,
 ) -> Coverage:
     """Install weight views on the layers that the recipe names, in place.
 
-    Applying the same recipe again covers layers that the model has gained since; to a model of whose parts some carry its
-    views already, it takes these over. seed: of the noise and of k-means; by default torch's, so that torch.manual_seed
-    makes a run repeat itself. Nothing changes if an error is raised: RecipeError, NoLayerMatched (unless not `strict`),
-    BlockSizeError, or UnsupportedError where views of another recipe are in place, or a weight cannot carry one.
+    Applying the same recipe again covers layers that the model has gained since; to a model of whose parts
+    some carry its views already, it takes these over. seed: of the noise and of k-means; by default torch's,
+    so that torch.manual_seed makes a run repeat itself. Nothing changes if an error is raised: RecipeError,
+    NoLayerMatched (unless not `strict`), BlockSizeError, or UnsupportedError where views of another recipe
+    are in place, or a weight cannot carry one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     clocks = [module.__dict__["_qn_clock"] for module in model.modules() if "_qn_clock" in module.__dict__]
     if any(clock.recipe != recipe for clock in clocks):
         raise UnsupportedError(
-            "apply: the model, a part of it or one that it is a part of carries the views of another recipe; build it anew"
+            "apply: the model, a part of it or one that it is a part of carries the views of another "
+            "recipe; build it anew"
         )
     matches, coverage = match(model, recipe, strict=strict)
     known = "_qn_clock" in model.__dict__
@@ -93,14 +107,21 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     return model.__dict__.get("_qn_recipe")
 
 
-def freeze(model: nn.Module, stage: str | None = None, *, iterations: int = 20, progress: Progress | None = None,
-           optimizer: Optimizer | Sequence[Optimizer] = ()) -> list[LayerReport]:  # fmt: skip
+def freeze(
+    model: nn.Module,
+    stage: str | None = None,
+    *,
+    iterations: int = 20,
+    progress: Progress | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] = (),
+) -> list[LayerReport]:
     """Quantise the layers of one stage, or all that are left, and keep training or evaluate them quantised.
 
-    The dense Parameters stay; product codes are fixed and codebooks follow the Parameters. Returns a report per layer.
-    optimizer: what trains on, one of torch's or several. A codeword's gradient is the mean of many blocks' and so smaller
-    than Adam remembers: its moments become those of the codewords. Other optimizers are left alone, with a warning.
-    Raises RecipeError for an unknown stage, NonFiniteWeight (before anything is changed), UnsupportedError.
+    The dense Parameters stay; product codes are fixed and codebooks follow the Parameters. Returns a report
+    per layer. optimizer: what trains on, one of torch's or several. A codeword's gradient is the mean of
+    many blocks' and so smaller than Adam remembers: its moments become those of the codewords. Other
+    optimizers are left alone, with a warning. Raises RecipeError for an unknown stage, NonFiniteWeight
+    (before anything is changed), UnsupportedError.
     """
     recipe = _applied(model, "freeze")
     names = [s.name for s in recipe.stages]
@@ -108,7 +129,9 @@ def freeze(model: nn.Module, stage: str | None = None, *, iterations: int = 20, 
         raise RecipeError(f"freeze: stage: expected one of {names}, found {stage!r}")
     optimizers = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
     if strange := [type(o).__name__ for o in optimizers if not isinstance(o, Optimizer)]:
-        raise UnsupportedError(f"freeze: optimizer: expected torch.optim.Optimizer, found {', '.join(strange)}")
+        raise UnsupportedError(
+            f"freeze: optimizer: expected torch.optim.Optimizer, found {', '.join(strange)}"
+        )
     views = [view for view in views_of(model) if stage in (None, view.rule.stage) and view.phase != FROZEN]
     reports = freeze_views(views, iterations=iterations, progress=progress)
     left = project_moments(optimizers, views)[1] if optimizers else ""
@@ -124,16 +147,19 @@ def unfrozen(model: nn.Module) -> list[str]:
 
 
 def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[LayerReport]:
-    """Learn the codebooks of exact noise from the present weights. A no-op where no rule uses exact noise."""
+    """Learn the codebooks of exact noise from the present weights. A no-op where no rule uses exact
+    noise.
+    """
     _applied(model, "refresh")
     return refresh_views(list(views_of(model)), progress=progress)
 
 
 def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
-    """Say which update and micro-batch the noise belongs to, from now on: the same numbers draw the same masks.
+    """Say which update and micro-batch the noise belongs to, from now on: the same numbers draw the same
+    masks.
 
-    Without it, or `follow`, each pass is an update.
-    Exact noise whose `refresh` is a number of updates is refreshed here, at the first micro-batch of its updates.
+    Without it, or `follow`, each pass is an update. Exact noise whose `refresh` is a number of updates is
+    refreshed here, at the first micro-batch of its updates.
     """
     views = list(views_of(model))
     for clock in {id(view.clock): view.clock for view in views}.values():
@@ -142,20 +168,27 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Sequence[str] = (),
-         assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None) -> SizeReport:  # fmt: skip
+         assets: Mapping[str, bytes] | None = None,
+         source: Mapping[str, Any] | None = None) -> SizeReport:  # fmt: skip
     """Write the small file and report its size on disk.
 
-    Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or float32.
-    drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to carry along (BPE models).
-    source: how to rebuild the model; a qn_ model of fairseq knows by itself.
-    Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file survives any of them.
+    Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or
+    float32. drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to
+    carry along (BPE models). source: how to rebuild the model; a qn_ model of fairseq knows by itself.
+    Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file
+    survives any of them.
     """
     plan = export.plan(model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source)
     if waiting := unfrozen(model):
-        raise UnsupportedError(f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first")
+        raise UnsupportedError(
+            f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first"
+        )
     tensors = plan.encode()
     stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    for problem in (manifest.layers_excess(plan.manifest, stored), manifest.assets_excess(plan.manifest, tensors)):
+    for problem in (
+        manifest.layers_excess(plan.manifest, stored),
+        manifest.assets_excess(plan.manifest, tensors),
+    ):
         if problem:  # no reader would take such a file
             raise UnsupportedError(f"save: {problem}; use smaller blocks, carry less")
     container.write(path, tensors, plan.manifest)
@@ -163,7 +196,8 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
 
 
 def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str] = (),
-                 assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
+                 assets: Mapping[str, bytes] | None = None,
+                 source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
     """Bytes that `save` will write, from shapes alone; frozen or not."""
     return export.plan(
         model, _applied(model, "predict_size"), parts=parts, drop=drop, assets=assets, source=source
@@ -174,13 +208,15 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
          dtype: torch.dtype | None = None) -> nn.Module:  # fmt: skip
     """The model of a small file, in eval mode. Nothing in the file is executed.
 
-    mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on, without the codes.
-    "packed" keeps codes and codebooks in memory and computes with them; only what is dense beside them trains (biases, norms,
-    heads), and model.train() warns of it. Gradients of inputs are those of the dense model.
-    model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is filled in place. Its
-    tensors, ties, classes and options such as eps have to be those that were saved; weights tied in the file are tied in it.
-    dtype: of the whole model, e.g. torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32.
-    Raises FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError, OSError.
+    mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on,
+    without the codes. "packed" keeps codes and codebooks in memory and computes with them; only what is
+    dense beside them trains (biases, norms, heads), and model.train() warns of it. Gradients of inputs are
+    those of the dense model. model: a fresh dense instance, for any module that fairseq_qn cannot rebuild
+    from the file alone; it is filled in place. Its tensors, ties, classes and options such as eps have to be
+    those that were saved; weights tied in the file are tied in it. dtype: of the whole model, e.g.
+    torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32. Raises
+    FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError,
+    OSError.
     """
     return read(path).load(mode, model, dtype=dtype)
 
@@ -211,7 +247,8 @@ class File:
             raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
         plan, tensors = self.plan, self.tensors
         dense = {
-            name: codec.widened(tensors[name], plan["exponents"].get(name, 0)) for name in manifest.dense_names(plan)
+            name: codec.widened(tensors[name], plan["exponents"].get(name, 0))
+            for name in manifest.dense_names(plan)
         }
         layers = {name: self._decode(name, entry) for name, entry in plan["layers"].items()}
         if model is None:
@@ -240,7 +277,9 @@ class File:
         parts = {part: self.tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
         shape = tuple(entry["shape"])
         if not codec.all_finite(entry, parts):
-            raise FormatError(f"{self.path}: {name}: expected finite weights, found NaN or Inf; save another checkpoint")
+            raise FormatError(
+                f"{self.path}: {name}: expected finite weights, found NaN or Inf; save another checkpoint"
+            )
         try:
             if entry["scheme"] == "product":
                 pad = codec.widened(parts["pad"], entry["pad"]) if "pad" in entry else None
@@ -258,28 +297,34 @@ def read(path: str | Path) -> File:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as data."""
+    """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as
+    data.
+    """
     plan = container.read_manifest(path)
     manifest.check(plan, str(path))
     return {**plan, "size": SizeReport.of(path, plan).to_dict()}
 
 
 def register_builder(kind: str, builder: Builder) -> None:
-    """How `load` rebuilds models whose manifest says source.builder == kind: builder(source, assets, names) -> dense model.
+    """How `load` rebuilds models whose manifest says source.builder == kind: builder(source, assets, names)
+    -> dense model.
 
-    The source is whatever the file says: the builder has to check it. names: those of the file's weights, and of the modules
-    that were left out.
+    The source is whatever the file says: the builder has to check it. names: those of the file's weights,
+    and of the modules that were left out.
     """
     _BUILDERS[kind] = builder
 
 
 def figures(model: nn.Module) -> dict[str, float]:
-    """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion by frozen stage."""
+    """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion by
+    frozen stage.
+    """
     views = list(views_of(model))
     frozen = [view for view in views if view.phase == FROZEN]
     total = sum(view.weight.numel() for view in views)
     result = {"frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total)}
-    with suppress(UnsupportedError):  # a model that no small file can hold trains all the same; `save` says why
+    # a model that no small file can hold trains all the same; `save` says why
+    with suppress(UnsupportedError):
         result["predicted_mb"] = predict_size(model) / 1e6
     for stage in dict.fromkeys(view.rule.stage for view in frozen):
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
@@ -292,11 +337,13 @@ def _build(file: File) -> nn.Module:
     kind = source.get("builder") if source else None
     if kind is None:
         raise UnsupportedError(
-            f"{file.path}: the file does not say how to build its model; pass a fresh dense one: load(path, model=...)"
+            f"{file.path}: the file does not say how to build its model; pass a fresh dense one: load(path, "
+            "model=...)"
         )
     if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
-            f"{file.path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is fairseq installed?"
+            f"{file.path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is "
+            "fairseq installed?"
         )
     with file.named():
         return _BUILDERS[kind](source, file.assets, file.names)
@@ -311,5 +358,7 @@ def _view_of(match: Match) -> WeightView | None:
 def _applied(model: nn.Module, verb: str) -> Recipe:
     recipe = recipe_of(model)
     if recipe is None:
-        raise UnsupportedError(f"{verb}: the model carries no recipe; call fairseq_qn.apply(model, recipe) first")
+        raise UnsupportedError(
+            f"{verb}: the model carries no recipe; call fairseq_qn.apply(model, recipe) first"
+        )
     return recipe

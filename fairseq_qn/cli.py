@@ -1,7 +1,7 @@
 """fairseq-qn: compress, inspect, verify, predict, import-hf, export-fairseq.
 
-Exit status 0: done. 1: the input is bad, said in one line on stderr (one for each line that `predict` cannot answer).
-2: wrong usage.
+Exit status 0: done. 1: the input is bad, said in one line on stderr (one for each line that `predict` cannot
+answer). 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -54,27 +54,38 @@ def compress(args: argparse.Namespace) -> None:
     model, config, task = hub.load_checkpoint(args.checkpoint, args.data, args.recipe)
     if api.recipe_of(model) is None:
         raise UnsupportedError(f"{args.checkpoint}: carries no recipe; give one with --recipe")
-    source, assets = hub.carry_bpe(args.bpe, args.bpe_files, _options(args.bpe_option)) if args.bpe else ({}, {})
+    source, assets = (
+        hub.carry_bpe(args.bpe, args.bpe_files, _options(args.bpe_option)) if args.bpe else ({}, {})
+    )
     reports = api.freeze(model, iterations=args.iterations, progress=None if args.json else _progress)
-    unreached = [stage for stage in getattr(task, "boundaries", {}) if any(r.stage == stage for r in reports)]
+    unreached = [
+        stage for stage in getattr(task, "boundaries", {}) if any(r.stage == stage for r in reports)
+    ]
     if unreached:
         count = sum(report.stage in unreached for report in reports)
         print(
-            f"fairseq-qn: {args.checkpoint}: the training did not reach stages {', '.join(unreached)}: {count} layers frozen "
+            f"fairseq-qn: {args.checkpoint}: the training did not reach stages {', '.join(unreached)}: "
+            f"{count} layers frozen "
             "here, with no training after; take a later checkpoint, or train on",
             file=sys.stderr,
         )
     size = api.save(model, args.output, parts=args.parts, drop=args.drop, assets=assets, source=source)
     if args.json:
         layers = [vars(report) for report in reports]
-        report = {"file": str(args.output), "size": size.to_dict(), "frozen_here": layers, "unreached": unreached}
+        report = {
+            "file": str(args.output),
+            "size": size.to_dict(),
+            "frozen_here": layers,
+            "unreached": unreached,
+        }
         print(json.dumps(report))
         return
     if reports:
         worst = max(reports, key=lambda report: report.error)
         seconds = sum(report.seconds for report in reports)
         print(
-            f"froze {len(reports)} layers in {seconds:.1f} s; largest relative error {worst.error:.4f} ({worst.name})"
+            f"froze {len(reports)} layers in {seconds:.1f} s; largest relative error {worst.error:.4f} "
+            f"({worst.name})"
         )
     print(f"{args.output}: {size}")
 
@@ -91,11 +102,17 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"{args.file}: {data['producer']}, format {data['version']}, {name or 'a model of your own'}")
     print(f"{str(size).partition(': ')[0]}\n")  # its parts are a table of their own
     print(
-        table([(name, f"{n:,}", f"{n / size.total:.1%}") for name, n in size.parts.items()], ("part", "bytes", "share"))
+        table(
+            [(name, f"{n:,}", f"{n / size.total:.1%}") for name, n in size.parts.items()],
+            ("part", "bytes", "share"),
+        )
     )
     print()
     print(
-        table([_row(name, n, data) for name, n in _largest(size.layers, args.all)], ("layer", "how", "shape", "bytes"))
+        table(
+            [_row(name, n, data) for name, n in _largest(size.layers, args.all)],
+            ("layer", "how", "shape", "bytes"),
+        )
     )
     left = len(size.layers) - len(_largest(size.layers, args.all))
     if left:
@@ -112,17 +129,25 @@ def verify(args: argparse.Namespace) -> None:
     if file.plan["source"]:
         model = file.load(args.mode)
         built = f"built {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} dense weights"
-    result = {"file": str(args.file), "bytes": Path(args.file).stat().st_size, "tensors": len(parts), "model": built}
+    result = {
+        "file": str(args.file),
+        "bytes": Path(args.file).stat().st_size,
+        "tensors": len(parts),
+        "model": built,
+    }
     print(
-        json.dumps(result) if args.json else f"{args.file}: good: {mb(result['bytes'])}, {len(parts)} tensors, {built}"
+        json.dumps(result)
+        if args.json
+        else f"{args.file}: good: {mb(result['bytes'])}, {len(parts)} tensors, {built}"
     )
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Answer sentences: labels or the value of a classifier, fillings of <mask>, translations or continuations.
+    """Answer sentences: labels or the value of a classifier, fillings of <mask>, translations or
+    continuations.
 
-    What cannot be answered (too long, not UTF-8) is named by number on stderr, the rest is answered, and the exit status is 1.
-    An empty line is answered as any other, so that answers stay in step with lines.
+    What cannot be answered (too long, not UTF-8) is named by number on stderr, the rest is answered, and the
+    exit status is 1. An empty line is answered as any other, so that answers stay in step with lines.
     """
     interface = _hub().load_interface(args.file, args.mode)
     if hasattr(interface, "classify"):  # what is wrong with every line is said once
@@ -143,7 +168,11 @@ def predict(args: argparse.Namespace) -> int:
             status = 1
             continue
         if args.json:
-            print(json.dumps({"input": line, "answers": [{"text": text, "score": score} for text, score in answers]}))
+            print(
+                json.dumps(
+                    {"input": line, "answers": [{"text": text, "score": score} for text, score in answers]}
+                )
+            )
             continue
         print(line)
         for text, score in answers:
@@ -165,7 +194,11 @@ def export_fairseq(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report))
         return
-    decoded = f"{report['frozen_layers']} frozen layers decoded" if report["frozen_layers"] else "weights as they are"
+    decoded = (
+        f"{report['frozen_layers']} frozen layers decoded"
+        if report["frozen_layers"]
+        else "weights as they are"
+    )
     print("\n".join(filter(None, (f"{args.output}: {report['architecture']}, {decoded}", report["note"]))))
 
 
@@ -194,7 +227,9 @@ def _row(name: str, size: int, data: dict[str, Any]) -> tuple[str, str, str, str
         record = data["tensors"][name]
         return name, record["dtype"], "x".join(map(str, record["shape"])) or "-", f"{size:,}"
     how = (
-        f"int{entry['bits']}" if entry["scheme"] == "integer" else f"PQ d{entry['block_size']} K{entry['n_centroids']}"
+        f"int{entry['bits']}"
+        if entry["scheme"] == "integer"
+        else f"PQ d{entry['block_size']} K{entry['n_centroids']}"
     )
     return name, how, "x".join(map(str, entry["shape"])), f"{size:,}"
 
@@ -251,12 +286,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", help="YAML recipe; default: the one in the checkpoint")
     sub.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
     sub.add_argument(
-        "--parts", choices=("float16", "float32"), default="float16", help="dtype of codebooks and the dense rest"
+        "--parts",
+        choices=("float16", "float32"),
+        default="float16",
+        help="dtype of codebooks and the dense rest",
     )
-    sub.add_argument("--drop", action="append", default=[], metavar="MODULE", help="leave out, e.g. encoder.lm_head")
+    sub.add_argument(
+        "--drop", action="append", default=[], metavar="MODULE", help="leave out, e.g. encoder.lm_head"
+    )
     sub.add_argument("--bpe", help="sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt")
-    sub.add_argument("--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="travel inside the file")
-    sub.add_argument("--bpe-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. wordpiece_cased=true")
+    sub.add_argument(
+        "--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="travel inside the file"
+    )
+    sub.add_argument(
+        "--bpe-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. wordpiece_cased=true"
+    )
     sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
     sub = command("inspect", inspect)
     sub.add_argument("file", type=Path)
@@ -266,7 +310,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
     sub = command("predict", predict)
     sub.add_argument("file", type=Path, help="a small file, or a folder with one")
-    sub.add_argument("sentence", nargs="*", help="default: lines of stdin; a tab separates the sentences of a pair")
+    sub.add_argument(
+        "sentence", nargs="*", help="default: lines of stdin; a tab separates the sentences of a pair"
+    )
     sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
     sub.add_argument("--head", help="classification head; default: the first")
     sub.add_argument("--top", type=_count, default=3, help="answers a sentence")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def config_dir() -> Path:
-    """Folder of the shipped YAML files: `fairseq_qn/configs` as installed, `configs` at the top of a source tree.
+    """Folder of the shipped YAML files: `fairseq_qn/configs` as installed, `configs` at the top of a source
+    tree.
 
     >>> config_dir().name
     'configs'

@@ -15,7 +15,8 @@ def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
     >>> one_line("no layer 'a\nb'")
     "no layer 'a\\nb'"
     """
-    text = text if len(text) <= 8 * limit else f"{text[: 4 * limit]}{text[-4 * limit :]}"  # a name may take megabytes
+    # a name may take megabytes
+    text = text if len(text) <= 8 * limit else f"{text[: 4 * limit]}{text[-4 * limit :]}"
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(text) > limit:
         text = re.sub(rf"\S{{{_WORD + 1},}}", lambda match: _cut(match[0], _WORD, _WORD // 2), text)
@@ -27,8 +28,8 @@ def _cut(text: str, limit: int, tail: int) -> str:
 
 
 class QNError(Exception):
-    """Base of every error that fairseq_qn raises for bad input. Its message is one line of at most MAX_MESSAGE characters,
-    whatever names, paths and values went into it.
+    """Base of every error that fairseq_qn raises for bad input. Its message is one line of at most
+    MAX_MESSAGE characters, whatever names, paths and values went into it.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -68,4 +69,6 @@ class UnsupportedError(QNError):
 
 
 class EncodeError(QNError, ValueError):
-    """Data that the small file cannot hold: a code too wide for its bits, a manifest that is not plain data."""
+    """Data that the small file cannot hold: a code too wide for its bits, a manifest that is not plain
+    data.
+    """

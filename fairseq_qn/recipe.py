@@ -1,4 +1,6 @@
-"""Recipe: which layers, which scheme, how much noise, in which order. Data only; nothing here touches a model."""
+"""Recipe: which layers, which scheme, how much noise, in which order. Data only; nothing here touches a
+model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fairseq_qn.errors import RecipeError
 VERSION = 1
 MAX_CENTROIDS = 65_536
 MAX_BLOCK_SIZE = 4096
-SCHEMES = {"product": ("block_size", "n_centroids"), "integer": ("bits", "granularity", "group_size")}  # and their own lines
+# and their own lines
+SCHEMES = {"product": ("block_size", "n_centroids"), "integer": ("bits", "granularity", "group_size")}
 NOISE_KINDS = ("none", "proxy", "exact")
 GRANULARITIES = ("tensor", "channel", "group")
 MODULE_TYPES = ("Linear", "Embedding", "Conv2d")
@@ -26,8 +29,8 @@ MODULE_TYPES = ("Linear", "Embedding", "Conv2d")
 class Noise:
     """Quantisation noise: which phi, and with which probability at which update (Fan et al. 2020, eq. 4).
 
-    `p` is a number, or knots [[update, p], ...] between which p is interpolated and outside which it is held.
-    `refresh`: when the codebooks of exact noise are learned anew: "epoch", or a number of updates.
+    `p` is a number, or knots [[update, p], ...] between which p is interpolated and outside which it is
+    held. `refresh`: when the codebooks of exact noise are learned anew: "epoch", or a number of updates.
     """
 
     kind: str = "none"
@@ -92,7 +95,8 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
-        """Read a recipe from a YAML file, a mapping, or YAML/JSON text with more than a path's one line or a brace.
+        """Read a recipe from a YAML file, a mapping, or YAML/JSON text with more than a path's one line or a
+        brace.
 
         fairseq's own quantisation YAML (n_centroids, block_sizes, layers_to_quantize) is understood as well.
         Raises RecipeError.
@@ -100,7 +104,8 @@ class Recipe:
         data, where = _read(source)
         if not isinstance(data, Mapping):
             raise RecipeError(f"{where}: expected a mapping with `rules`, found {type(data).__name__}")
-        if str(source).startswith('{"version"'):  # to_json's, from a checkpoint: it may be older than this check
+        # to_json's, from a checkpoint: it may be older than this check
+        if str(source).startswith('{"version"'):
             data = _without_foreign(data)
         try:
             return _recipe(from_fairseq_yaml(data) if "layers_to_quantize" in data else data)
@@ -110,8 +115,16 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `load` reads back to an equal recipe."""
         rules = [_without_defaults(rule) for rule in self.rules]
-        stages = [_without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages]
-        data = {"version": VERSION, "noise": asdict(self.noise), "rules": rules, "keep": self.keep, "stages": stages}
+        stages = [
+            _without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages
+        ]
+        data = {
+            "version": VERSION,
+            "noise": asdict(self.noise),
+            "rules": rules,
+            "keep": self.keep,
+            "stages": stages,
+        }
         return json.loads(json.dumps(data))  # lists for tuples
 
     def to_json(self) -> str:
@@ -132,7 +145,9 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
     _only(data, ("layers_to_quantize", "block_sizes", "n_centroids"), "fairseq's configuration")
     rules, stages = [], []
     patterns = data["layers_to_quantize"]
-    for index, pattern in enumerate(_list([patterns] if isinstance(patterns, str) else patterns, "layers_to_quantize")):
+    for index, pattern in enumerate(
+        _list([patterns] if isinstance(patterns, str) else patterns, "layers_to_quantize")
+    ):
         stage = f"step{index}"
         stages.append(stage)
         pattern = str(pattern).replace("\\\\", "\\")
@@ -141,10 +156,13 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
             count_cases = _fairseq_cases(counts, module) if module in counts else [("", {}, 256)]
             for name, where, size in _fairseq_cases(sizes, module, "block_sizes"):
                 for count_name, count_where, count in count_cases:
-                    layers = "".join(f"(?=.*{re.escape(part)})" for part in (name, count_name) if part) + pattern
+                    layers = (
+                        "".join(f"(?=.*{re.escape(part)})" for part in (name, count_name) if part) + pattern
+                    )
                     rules.append(
                         {
-                            "layers": layers, "scheme": "product", "stage": stage, "module": module, "optional": True,
+                            "layers": layers, "scheme": "product", "stage": stage, "module": module,
+                            "optional": True,
                             "where": {**where, **count_where}, "block_size": size, "n_centroids": count,
                         }
                     )  # fmt: skip
@@ -152,14 +170,18 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short_recipe(p: float, block_size: int, bits: int | None = None) -> Recipe:
-    """The recipe that --quant-noise-pq P --quant-noise-pq-block-size D (or, with `bits`, --quant-noise-scalar P) stands for.
+    """The recipe that --quant-noise-pq P --quant-noise-pq-block-size D (or, with `bits`,
+    --quant-noise-scalar P) stands for.
 
-    fairseq's order of stages: feed-forward layers, embeddings, attention; layers that a model lacks are passed over.
+    fairseq's order of stages: feed-forward layers, embeddings, attention; layers that a model lacks are
+    passed over.
     """
     scheme = {"scheme": "integer", "bits": bits} if bits else {"scheme": "product", "block_size": block_size}
     layers = {"ffn": r".*\.fc[12]", "emb": r".*embed_tokens(\..*)?", "attn": r".*attn\.(q|k|v|out)_proj"}
     rules = [{"layers": name, "stage": stage, "optional": True, **scheme} for stage, name in layers.items()]
-    return Recipe.load({"version": VERSION, "noise": {"kind": "proxy", "p": p}, "rules": rules, "stages": list(layers)})
+    return Recipe.load(
+        {"version": VERSION, "noise": {"kind": "proxy", "p": p}, "rules": rules, "stages": list(layers)}
+    )
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, str]:
@@ -188,8 +210,12 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
         raise RecipeError("rules: expected at least one rule, found none")
     rules = tuple(_rule(entry, f"rules[{i}]") for i, entry in enumerate(entries))
     named = list(dict.fromkeys(rule.stage for rule in rules))
-    stages = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(_list(data.get("stages") or named, "stages")))
-    keep = tuple(_pattern(entry, f"keep[{i}]") for i, entry in enumerate(_list(data.get("keep") or [], "keep")))
+    stages = tuple(
+        _stage(entry, f"stages[{i}]") for i, entry in enumerate(_list(data.get("stages") or named, "stages"))
+    )
+    keep = tuple(
+        _pattern(entry, f"keep[{i}]") for i, entry in enumerate(_list(data.get("keep") or [], "keep"))
+    )
     order = [stage.name for stage in stages]
     if len(set(order)) < len(order):
         raise RecipeError(f"stages: each name once, found {order}")
@@ -209,9 +235,16 @@ def _rule(data: Any, where: str) -> Rule:
             raise RecipeError(f"{where}: `{key}` is missing")
     if data["scheme"] not in list(SCHEMES):  # of any type
         raise RecipeError(f"{where}.scheme: expected one of {list(SCHEMES)}, found {data['scheme']!r}")
-    values = {**data, "layers": _pattern(data["layers"], f"{where}.layers"), "stage": str(data.get("stage", "all"))}
+    values = {
+        **data,
+        "layers": _pattern(data["layers"], f"{where}.layers"),
+        "stage": str(data.get("stage", "all")),
+    }
     if foreign := _foreign(data):
-        raise RecipeError(f"{where}: {', '.join(foreign)}: not of scheme {data['scheme']}; take it out, or change the scheme")
+        raise RecipeError(
+            f"{where}: {', '.join(foreign)}: not of scheme {data['scheme']}; take it out, or change the "
+            "scheme"
+        )
     if data.get("noise") is not None:
         values["noise"] = _noise(data["noise"], f"{where}.noise")
     for key, low, high in (
@@ -222,13 +255,17 @@ def _rule(data: Any, where: str) -> Rule:
     ):
         value = values.get(key, low)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise RecipeError(f"{where}.{key}: expected a whole number from {low} to {high}, found {value!r}")
+            raise RecipeError(
+                f"{where}.{key}: expected a whole number from {low} to {high}, found {value!r}"
+            )
     if values.get("granularity", "tensor") not in GRANULARITIES:
         raise RecipeError(
             f"{where}.granularity: expected one of {list(GRANULARITIES)}, found {values['granularity']!r}"
         )
     if values.get("module") not in (None, *MODULE_TYPES):
-        raise RecipeError(f"{where}.module: expected one of {list(MODULE_TYPES)}, found {values['module']!r}")
+        raise RecipeError(
+            f"{where}.module: expected one of {list(MODULE_TYPES)}, found {values['module']!r}"
+        )
     _mapping(values.get("where", {}), f"{where}.where")
     if not isinstance(values.get("optional", False), bool):
         raise RecipeError(f"{where}.optional: expected true or false, found {values['optional']!r}")
@@ -237,14 +274,23 @@ def _rule(data: Any, where: str) -> Rule:
 
 def _foreign(rule: Mapping[str, Any]) -> list[str]:
     """Lines of a rule that belong to other schemes than its own."""
-    return [key for scheme, keys in SCHEMES.items() if scheme != rule.get("scheme") for key in keys if key in rule]
+    return [
+        key
+        for scheme, keys in SCHEMES.items()
+        if scheme != rule.get("scheme")
+        for key in keys
+        if key in rule
+    ]
 
 
 def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
     rules = data.get("rules")
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         return data
-    return {**data, "rules": [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules]}
+    return {
+        **data,
+        "rules": [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules],
+    }
 
 
 def _noise(data: Any, where: str) -> Noise:
@@ -277,7 +323,9 @@ def _stage(data: Any, where: str) -> Stage:
     _only(data, ("name", "update", "epoch"), where)
     at = [data[key] for key in ("update", "epoch") if key in data]
     if "name" not in data or len(at) > 1 or any(type(n) is not int or n < 0 for n in at):
-        raise RecipeError(f"{where}: expected a name, or {{name: , update: N}} or {{name: , epoch: N}}, found {data!r}")
+        raise RecipeError(
+            f"{where}: expected a name, or {{name: , update: N}} or {{name: , epoch: N}}, found {data!r}"
+        )
     return Stage(str(data["name"]), **{key: data[key] for key in data if key != "name"})
 
 
@@ -310,7 +358,9 @@ def _only(data: Any, known: list[str] | tuple[str, ...], where: str) -> None:
 def _fairseq_cases(
     entries: Mapping[str, Any], module: str, where: str = "n_centroids"
 ) -> list[tuple[str, dict[str, Any], int]]:
-    """(part of the name, attributes, value) of one {key, value} entry; the "*" case last, so that the first match wins."""
+    """(part of the name, attributes, value) of one {key, value} entry; the "*" case last, so that the first
+    match wins.
+    """
     entry = _mapping(entries[module], f"{where}.{module}")
     if not isinstance(entry.get("key"), str) or not isinstance(entry.get("value"), Mapping):
         raise RecipeError(f"{where}.{module}: expected {{key: NAME, value: {{...}}}}, found {entry!r}")
@@ -326,4 +376,8 @@ def _plain(value: Any) -> str:
 
 def _without_defaults(item: Any) -> dict[str, Any]:
     default = {f.name: f.default for f in fields(item)}
-    return {key: value for key, value in asdict(item).items() if value != default[key] and value not in ({}, None)}
+    return {
+        key: value
+        for key, value in asdict(item).items()
+        if value != default[key] and value not in ({}, None)
+    }

@@ -64,7 +64,8 @@ class SizeReport:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {mb(size)}" for name, size in self.parts.items() if size)
-        return f"{mb(self.total)} on disk ({self.total / 2**20:.2f} MiB, {self.ratio:.1f}x smaller than fp32): {parts}"
+        total = f"{mb(self.total)} on disk ({self.total / 2**20:.2f} MiB"
+        return f"{total}, {self.ratio:.1f}x smaller than fp32): {parts}"
 
 
 def mb(size: float) -> str:
@@ -73,7 +74,9 @@ def mb(size: float) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], heads: Sequence[str], width: int = 80) -> str:
-    """Rows under heads, numbers to the right; the first column gives way, in its middle, to keep within `width`."""
+    """Rows under heads, numbers to the right; the first column gives way, in its middle, to keep within
+    `width`.
+    """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(heads) - 1)))

@@ -1,7 +1,8 @@
-"""The steps of minilm_mnli.sh that are neither fairseq's nor fairseq_qn's commands: data in, accuracies and table out.
+"""The steps of minilm_mnli.sh that are neither fairseq's nor fairseq_qn's commands: data in, accuracies and
+table out.
 
-minilm_mnli.py prepare MNLI OUT      OUT/hf (MiniLM as a fairseq checkpoint), OUT/bin (data for sentence_prediction)
-minilm_mnli.py strip FROM TO         a checkpoint without the optimizer's state: the dense model as one would ship it
+minilm_mnli.py prepare MNLI OUT      OUT/hf (MiniLM as a fairseq checkpoint), OUT/bin (binarised data)
+minilm_mnli.py strip FROM TO         a checkpoint without the optimizer's state, as one would ship it
 minilm_mnli.py score FILE --pairs TSV --vocab VOCAB --data BIN -o JSON
 minilm_mnli.py table JSON ... -o JSON
 """
@@ -23,12 +24,16 @@ def read_pairs(path: Path) -> list[list[str]]:
     """[[label, premise, hypothesis], ...] of a tab-separated file."""
     pairs = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     if not pairs or any(len(pair) != 3 or pair[0] not in LABELS for pair in pairs):
-        raise SystemExit(f"{path}: expected lines of label<TAB>sentence<TAB>sentence, label one of {', '.join(LABELS)}")
+        raise SystemExit(
+            f"{path}: expected lines of label<TAB>sentence<TAB>sentence, label one of {', '.join(LABELS)}"
+        )
     return pairs
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Import MiniLM; encode the pairs as WordPiece; binarise them. train10k_b stays out of training: validation."""
+    """Import MiniLM; encode the pairs as WordPiece; binarise them. train10k_b stays out of training:
+    validation.
+    """
     from fairseq import options
     from fairseq_cli import preprocess
 
@@ -43,15 +48,26 @@ def prepare(args: argparse.Namespace) -> None:
     (text / "labels.txt").write_text("".join(f"{label} 1\n" for label in LABELS))
     for split, source in (("train", "train10k_a"), ("valid", "train10k_b")):
         rows = [(label, encode(a), encode(b)) for label, a, b in read_pairs(args.mnli / f"{source}.tsv")]
-        # fairseq makes batches of neighbours and shuffles the batches (--no-shuffle leaves the neighbours): sorted by
-        # length, half of the padding goes, and with it nearly half of the time
+        # fairseq makes batches of neighbours and shuffles the batches (--no-shuffle leaves the neighbours):
+        # sorted by length, half of the padding goes, and with it nearly half of the time
         rows.sort(key=lambda row: row[1].count(" ") + row[2].count(" "))
         for i, column in enumerate(("label", "input0", "input1")):
             (text / f"{split}.{column}").write_text("".join(row[i] + "\n" for row in rows), encoding="utf-8")
     for column in ("label", "input0", "input1"):
         dictionary = text / "labels.txt" if column == "label" else args.out / "hf" / "dict.txt"
-        command = ["--only-source", "--srcdict", str(dictionary), "--destdir", str(args.out / "bin" / column)]
-        command += ["--trainpref", str(text / f"train.{column}"), "--validpref", str(text / f"valid.{column}")]
+        command = [
+            "--only-source",
+            "--srcdict",
+            str(dictionary),
+            "--destdir",
+            str(args.out / "bin" / column),
+        ]
+        command += [
+            "--trainpref",
+            str(text / f"train.{column}"),
+            "--validpref",
+            str(text / f"valid.{column}"),
+        ]
         preprocess.main(options.get_preprocessing_parser().parse_args(command))
 
 
@@ -91,8 +107,14 @@ def score(args: argparse.Namespace) -> None:
             tokens, labels = zip(*examples[i : i + 64], strict=True)
             logits = hub.predict(HEAD, collate_tokens(list(tokens), pad_idx=1))
             correct += int((logits[:, : len(LABELS)].argmax(1) == torch.tensor(labels)).sum())
-    result = {"file": str(args.file), "bytes": os.path.getsize(args.file), "pairs": len(pairs), "correct": correct,
-              "accuracy": 100 * correct / len(pairs), "seconds": round(time.time() - started, 1)}  # fmt: skip
+    result = {
+        "file": str(args.file),
+        "bytes": os.path.getsize(args.file),
+        "pairs": len(pairs),
+        "correct": correct,
+        "accuracy": 100 * correct / len(pairs),
+        "seconds": round(time.time() - started, 1),
+    }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -104,22 +126,29 @@ def table(args: argparse.Namespace) -> None:
     for name, row in rows.items():
         row["ratio"] = first["bytes"] / row["bytes"]
         row["change"] = row["accuracy"] - first["accuracy"]
-        print(f"{name.replace('_', ' '):28} {row['bytes']:13,} {row['bytes'] / 1e6:7.2f} {row['ratio']:7.1f}x "
-              f"{row['accuracy']:8.2f}% {row['change']:+7.2f}")  # fmt: skip
+        print(
+            f"{name.replace('_', ' '):28} {row['bytes']:13,} {row['bytes'] / 1e6:7.2f} {row['ratio']:7.1f}x "
+            f"{row['accuracy']:8.2f}% {row['change']:+7.2f}"
+        )
     print(
-        f"MNLI dev-matched, all {first['pairs']:,} pairs, trained on 8,999: not comparable with published MNLI figures"
+        f"MNLI dev-matched, all {first['pairs']:,} pairs, trained on 8,999: not comparable with published "
+        "MNLI figures"
     )
     args.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
 
     def command(function, **arguments) -> None:
         sub = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         for name, options in arguments.items():
-            sub.add_argument(*([name] if not options.get("flags") else options.pop("flags")), type=Path, **options)
+            sub.add_argument(
+                *([name] if not options.get("flags") else options.pop("flags")), type=Path, **options
+            )
         sub.set_defaults(function=function)
 
     output = {"flags": ["-o", "--output"], "required": True}

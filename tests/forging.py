@@ -21,18 +21,27 @@ Plan = dict[str, Any]
 
 
 def save_a_file(folder: Path) -> Path:
-    """A file with product and integer layers, K = 200, a tie, a dropped module and a file that travels along."""
+    """A file with product and integer layers, K = 200, a tie, a dropped module and a file that travels
+    along.
+    """
     model = Net()
     model.extra = nn.Linear(3, 3)
     data = recipe("embed", "conv", "mix", k=200, block_size=1)
     for name in (r"block\.fc1", r"block\.fc2"):
-        data["rules"].append({"layers": name, "scheme": "integer", "bits": 3, "granularity": "group", "group_size": 8})
+        data["rules"].append(
+            {"layers": name, "scheme": "integer", "bits": 3, "granularity": "group", "group_size": 8}
+        )
     fairseq_qn.apply(model, data)
     fairseq_qn.freeze(model)
     path = folder / "m.qn.safetensors"
-    fairseq_qn.save(model, path, drop=["extra"], assets={"words.txt": b"words " * 100}, source={"config": {"d": [8]}})
+    fairseq_qn.save(
+        model, path, drop=["extra"], assets={"words.txt": b"words " * 100}, source={"config": {"d": [8]}}
+    )
     plan = fairseq_qn.inspect(path)
-    assert plan["layers"]["conv.weight"]["n_centroids"] == 108 and plan["layers"]["embed.weight"]["n_centroids"] == 152
+    assert (
+        plan["layers"]["conv.weight"]["n_centroids"] == 108
+        and plan["layers"]["embed.weight"]["n_centroids"] == 152
+    )
     return path
 
 

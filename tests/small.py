@@ -26,7 +26,8 @@ class Attention(nn.Module):
         biases = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         return F.multi_head_attention_forward(
             x, x, x, D, 2, None, biases, None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias,
-            use_separate_proj_weight=True, q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight,
+            use_separate_proj_weight=True, q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
             v_proj_weight=self.v_proj.weight,
         )[0]  # fmt: skip
 
@@ -34,7 +35,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attn, self.fc1, self.fc2, self.norm = Attention(), nn.Linear(D, 16), nn.Linear(16, D), nn.LayerNorm(D)
+        self.attn, self.fc1, self.fc2, self.norm = (
+            Attention(),
+            nn.Linear(D, 16),
+            nn.Linear(16, D),
+            nn.LayerNorm(D),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
@@ -42,7 +48,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """ids [length, batch] -> scores [length, batch, WORDS]. The head reads the embedding's Parameter through its own name."""
+    """ids [length, batch] -> scores [length, batch, WORDS]. The head reads the embedding's Parameter through
+    its own name.
+    """
 
     def __init__(self, seed: int = 0, recompute: bool | None = None) -> None:
         torch.manual_seed(seed)
@@ -60,7 +68,11 @@ class Net(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         x = x + self.mix(F.relu(self.conv(x.unsqueeze(1)))).squeeze(1)
-        x = self.block(x) if self.recompute is None else checkpoint(self.block, x, use_reentrant=self.recompute)
+        x = (
+            self.block(x)
+            if self.recompute is None
+            else checkpoint(self.block, x, use_reentrant=self.recompute)
+        )
         return F.linear(x, self.head.weight, self.head.bias)
 
 
@@ -75,7 +87,9 @@ IDS = torch.tensor([[2, 5, 7], [19, 3, PAD], [4, PAD, PAD], [0, 6, 11]])
 def recipe(
     *names: str, kind: str = "none", p: Any = 0.0, refresh: Any = "epoch", k: int = 5, **rule: Any
 ) -> dict[str, Any]:
-    """A rule for each of the named layers, or all, in stages ffn, emb and conv, product unless `rule` says otherwise."""
+    """A rule for each of the named layers, or all, in stages ffn, emb and conv, product unless `rule` says
+    otherwise.
+    """
     product = rule.get("scheme", "product") == "product"
     rules = [
         {

@@ -7,7 +7,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KINDS = ("normal", "zero", "constant", "duplicated", "one_signed", "huge", "tiny", "mixed", "shifted", "sparse", "grid")
+KINDS = (
+    "normal",
+    "zero",
+    "constant",
+    "duplicated",
+    "one_signed",
+    "huge",
+    "tiny",
+    "mixed",
+    "shifted",
+    "sparse",
+    "grid",
+)
 
 
 def hostile(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,16 +44,26 @@ def hostile(kind: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = t
 
 
 @st.composite
-def weights(draw: st.DrawFn, shape: st.SearchStrategy | None = None, dtypes: tuple = (torch.float32,)) -> Tensor:
+def weights(
+    draw: st.DrawFn, shape: st.SearchStrategy | None = None, dtypes: tuple = (torch.float32,)
+) -> Tensor:
     """A hostile weight, 2-d unless `shape` says otherwise."""
     size = draw(st.tuples(st.integers(1, 24), st.integers(1, 24)) if shape is None else shape)
-    return hostile(draw(st.sampled_from(KINDS)), size, draw(st.integers(0, 10_000)), draw(st.sampled_from(dtypes)))
+    return hostile(
+        draw(st.sampled_from(KINDS)), size, draw(st.integers(0, 10_000)), draw(st.sampled_from(dtypes))
+    )
 
 
 @st.composite
 def shapes_and_block_sizes(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
-    """A weight shape of Linear, Embedding or Conv2d (1x1, k x k with multiples and divisors) and a block size that tiles it."""
-    rows, d, columns = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 3, 4, 8, 9])), draw(st.integers(1, 6))
+    """A weight shape of Linear, Embedding or Conv2d (1x1, k x k with multiples and divisors) and a block
+    size that tiles it.
+    """
+    rows, d, columns = (
+        draw(st.integers(1, 12)),
+        draw(st.sampled_from([1, 2, 3, 4, 8, 9])),
+        draw(st.integers(1, 6)),
+    )
     if draw(st.booleans()):
         return (rows, d * columns) + ((1, 1) if draw(st.booleans()) else ()), d
     kernel = draw(st.sampled_from([(3, 3), (2, 2), (1, 3), (5, 1), (4, 4)]))
@@ -61,7 +83,9 @@ def weights_and_block_sizes(draw: st.DrawFn, dtypes: tuple = (torch.float32,)) -
 
 
 def blocks_by_hand(weight: Tensor, block_size: int) -> list[list[tuple[int, ...]]]:
-    """Indices of the elements of each block, in order, from the definition of the layout and nothing else."""
+    """Indices of the elements of each block, in order, from the definition of the layout and nothing
+    else.
+    """
     out, inputs, *kernel = weight.shape
     taps = [(y, x) for y in range(kernel[0]) for x in range(kernel[1])] if kernel else [()]
     blocks = []

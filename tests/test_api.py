@@ -73,18 +73,28 @@ def test_the_loaded_model_answers_as_the_frozen_one(scheme: str, mode: str, tmp_
         torch.testing.assert_close(expected, answers(model), rtol=0, atol=3 * tolerance)
         for name in [*LAYERS, "head"]:
             weight, expected = loaded.get_submodule(name).weight, model.get_submodule(name).weight
-            torch.testing.assert_close(weight + 0, expected + 0, rtol=tolerance, atol=tolerance * 0.1, check_dtype=True)
+            torch.testing.assert_close(
+                weight + 0, expected + 0, rtol=tolerance, atol=tolerance * 0.1, check_dtype=True
+            )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_dense_answers_are_equal_whatever_the_layout_of_the_input(mode: Any, tmp_path: Path) -> None:
-    """matmul folds a batch or not by its strides and by whether the weight takes a gradient: here both take one."""
+    """matmul folds a batch or not by its strides and by whether the weight takes a gradient: here both take
+    one.
+    """
     model = nn.Sequential(nn.Linear(64, 48, bias=False))
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "0", "scheme": "product", "n_centroids": 16}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": "0", "scheme": "product", "n_centroids": 16}]}
+    )
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
     loaded = fairseq_qn.load(tmp_path / "m", model=nn.Sequential(nn.Linear(64, 48, bias=False)))
-    for x in (torch.randn(7, 5, 64), torch.randn(5, 7, 64).transpose(0, 1), torch.randn(7, 64, 5).transpose(1, 2)):
+    for x in (
+        torch.randn(7, 5, 64),
+        torch.randn(5, 7, 64).transpose(0, 1),
+        torch.randn(7, 64, 5).transpose(1, 2),
+    ):
         with mode():
             found, expected = loaded[0].weight, model[0].weight
             assert torch.equal(found, expected) and found.requires_grad and expected.requires_grad
@@ -106,7 +116,9 @@ def test_a_dense_model_trains_on_as_any_other(device: str, tmp_path: Path) -> No
             optimizer.zero_grad()
             loss(model).backward()
             optimizer.step()
-    for (name, tensor), expected in zip(loaded.state_dict().items(), twin.state_dict().values(), strict=True):
+    for (name, tensor), expected in zip(
+        loaded.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(tensor, expected, msg=name)
         assert name.endswith("k_proj.bias") or not torch.equal(tensor, before[name]), name
 
@@ -143,7 +155,9 @@ def test_what_is_not_frozen_is_not_saved(tmp_path: Path) -> None:
         fairseq_qn.save(half, tmp_path / "m")
     with pytest.raises(UnsupportedError, match="^save: the model carries no recipe"):
         fairseq_qn.save(Net(), tmp_path / "m")
-    with pytest.raises(UnsupportedError, match=r"^save: parts: expected one of \['float16', 'float32'\], found 'int8'"):
+    with pytest.raises(
+        UnsupportedError, match=r"^save: parts: expected one of \['float16', 'float32'\], found 'int8'"
+    ):
         fairseq_qn.save(model, tmp_path / "m", parts="int8")
     with pytest.raises(OSError, match="cannot write"):
         fairseq_qn.save(model, tmp_path / "no" / "such" / "folder")
@@ -152,7 +166,9 @@ def test_what_is_not_frozen_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", ["os.fsync", "os.replace", "fairseq_qn.artifact.header.encode"])
-def test_stopping_while_saving_keeps_the_old_file(stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_while_saving_keeps_the_old_file(
+    stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = frozen()
     fairseq_qn.save(model, tmp_path / "m")
     before = (tmp_path / "m").read_bytes()
@@ -225,7 +241,9 @@ def test_a_fresh_process_in_another_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_what_a_file_says_does_not_drift(padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_file_says_does_not_drift(
+    padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sha256 of the manifest, with those of the tensors, of a small file from fixed weights.
 
     Where the format changes on purpose, its version changes with this.
@@ -253,10 +271,16 @@ def test_what_a_file_says_does_not_drift(padded: bool, tmp_path: Path, monkeypat
     size = fairseq_qn.save(model, tmp_path / "m", drop=["2"], source={"from": "test"})
     assert (tmp_path / "m").stat().st_size == size.total
     plan = container.read_manifest(tmp_path / "m")
-    conv = "Conv2d kernel_size=3,3 stride=1,1 padding=0,0 output_padding=0,0 dilation=1,1 groups=1 padding_mode=zeros"
+    conv = (
+        "Conv2d kernel_size=3,3 stride=1,1 padding=0,0 output_padding=0,0 dilation=1,1 groups=1 "
+        "padding_mode=zeros"
+    )
     assert plan.pop("modules") == {
-        "Sequential size=4": [""], "Embedding padding_idx=0 norm_type=2.0": ["0"], "Linear": ["1"], conv: ["3"],
-    }  # fmt: skip
+        "Sequential size=4": [""],
+        "Embedding padding_idx=0 norm_type=2.0": ["0"],
+        "Linear": ["1"],
+        conv: ["3"],
+    }
     said = json.dumps(plan, sort_keys=True)
     assert hashlib.sha256(said.encode()).hexdigest() == GOLDEN[padded]
 

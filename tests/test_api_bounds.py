@@ -1,4 +1,6 @@
-"""What a file may ask for: a small one cannot make a reader work long or take memory, and none that it refuses is written."""
+"""What a file may ask for: a small one cannot make a reader work long or take memory, and none that it
+refuses is written.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ HUGE = int("9" * 4000)
 
 
 @pytest.mark.parametrize("shape", [[9] * 200_000, [HUGE] * 200, [HUGE, HUGE], [1, HUGE], [2] * 65], ids=len)
-def test_shapes_whose_product_alone_would_take_minutes(shape: list[int], saved: Path, tmp_path: Path) -> None:
+def test_shapes_whose_product_alone_would_take_minutes(
+    shape: list[int], saved: Path, tmp_path: Path
+) -> None:
     for layer in ("embed.weight", "block.fc1.weight"):
         path = forge(saved, tmp_path / "f", lambda t, p, n=layer: p["layers"][n].update(shape=shape))
         assert "expected a shape of two or more sizes" in refusal(path)
@@ -40,8 +44,17 @@ def test_shapes_whose_product_alone_would_take_minutes(shape: list[int], saved: 
 def test_braces_in_a_name_or_the_path(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "{0}{x!r}").mkdir()
     for layer in ("{}", "{0.__class__}", "%s{path}"):
-        for entry in (5, {"shape": [2, 2]}, {"shape": [2, 2], "scheme": "product"}, {"scheme": "{}", "shape": [1, 1]}):
-            path = forge(saved, tmp_path / "{0}{x!r}" / "f{}", lambda t, p, n=layer, e=entry: p["layers"].update({n: e}))
+        for entry in (
+            5,
+            {"shape": [2, 2]},
+            {"shape": [2, 2], "scheme": "product"},
+            {"scheme": "{}", "shape": [1, 1]},
+        ):
+            path = forge(
+                saved,
+                tmp_path / "{0}{x!r}" / "f{}",
+                lambda t, p, n=layer, e=entry: p["layers"].update({n: e}),
+            )
             assert f"layer {layer!r}: " in refusal(path)
 
 
@@ -81,7 +94,9 @@ def test_more_tensors_than_a_file_may_hold(tmp_path: Path, monkeypatch: pytest.M
         container.write(tmp_path / "g", tensors, {})
 
 
-def test_a_regular_expression_in_the_recipe_is_never_run(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_regular_expression_in_the_recipe_is_never_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rule = {"layers": "(a|a?)+" * 30, "scheme": "product"}
     path = forge(saved, tmp_path / "f", lambda t, p: p["recipe"].update(rules=[rule] * 100, keep=["(" * 50]))
     monkeypatch.setattr(Recipe, "load", lambda *_: pytest.fail("read the recipe"))
@@ -129,7 +144,9 @@ def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: p
     before = path.read_bytes()
     monkeypatch.setattr(manifest, "DECODED_BASE", 0)
     monkeypatch.setattr(manifest, "DECODED_TIMES", 40)
-    with pytest.raises(UnsupportedError, match="save: layers in fp32: expected at most .* use smaller blocks"):
+    with pytest.raises(
+        UnsupportedError, match="save: layers in fp32: expected at most .* use smaller blocks"
+    ):
         fairseq_qn.save(wide(), path)
     assert path.read_bytes() == before
     fairseq_qn.save(wide(block_size=1), path)
@@ -140,7 +157,9 @@ def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: p
 # -- files that travel inside
 
 
-def test_assets_are_unpacked_only_when_they_are_asked_for(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_assets_are_unpacked_only_when_they_are_asked_for(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unpacked: list[str] = []
 
     def watched(codec: Any, maker: str) -> Callable:
@@ -151,7 +170,11 @@ def test_assets_are_unpacked_only_when_they_are_asked_for(saved: Path, tmp_path:
         plan["assets"]["other"], tensors["asset:other"] = manifest.pack_asset(b"other")
 
     path = forge(saved, tmp_path / "f", more)
-    monkeypatch.setattr(manifest, "zlib", type("", (), {"decompressobj": watched(zlib, "decompressobj"), "error": zlib.error}))
+    monkeypatch.setattr(
+        manifest,
+        "zlib",
+        type("", (), {"decompressobj": watched(zlib, "decompressobj"), "error": zlib.error}),
+    )
     monkeypatch.setattr(manifest, "bz2", type("", (), {"BZ2Decompressor": watched(bz2, "BZ2Decompressor")}))
     assets = fairseq_qn.api.read(path).assets
     fairseq_qn.load(path, model=fresh())
@@ -206,7 +229,9 @@ NOT_FINITE = {
 @pytest.mark.parametrize("kind", NOT_FINITE)
 def test_a_file_of_such_a_layer_is_not_loaded(kind: str, saved: Path, tmp_path: Path) -> None:
     layer = "block.fc1.weight" if "scale" in kind else "embed.weight"
-    assert f"{layer}: expected finite weights, found NaN or Inf" in refusal(forge(saved, tmp_path / "f", NOT_FINITE[kind]))
+    assert f"{layer}: expected finite weights, found NaN or Inf" in refusal(
+        forge(saved, tmp_path / "f", NOT_FINITE[kind])
+    )
 
 
 def test_the_largest_integers_that_fp32_holds_still_load(tmp_path: Path) -> None:

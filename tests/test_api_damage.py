@@ -1,4 +1,5 @@
-"""Damaged, forged and foreign files, as `load` and `inspect` meet them: a named error in one line, and an untouched model.
+"""Damaged, forged and foreign files, as `load` and `inspect` meet them: a named error in one line, and an
+untouched model.
 
 Forged files have the right digests, so that only the claim itself can give them away.
 """
@@ -72,8 +73,14 @@ def test_files_of_each_version_load_for_ever(version: int, tmp_path: Path) -> No
     old = Path(__file__).parent / "artifact" / "data" / f"version_{version}.qn.safetensors"
     new = forge(old, tmp_path / "f", lambda t, p: p.update(version=2))
     assert fairseq_qn.inspect(old)["version"] == version
-    assert new.stat().st_size < 0.7 * old.stat().st_size if version == 1 else new.stat().st_size == old.stat().st_size
-    assert fairseq_qn.api.read(old).assets == fairseq_qn.api.read(new).assets == {"words.txt": b"words " * 100}
+    assert (
+        new.stat().st_size < 0.7 * old.stat().st_size
+        if version == 1
+        else new.stat().st_size == old.stat().st_size
+    )
+    assert (
+        fairseq_qn.api.read(old).assets == fairseq_qn.api.read(new).assets == {"words.txt": b"words " * 100}
+    )
     for mode in ("dense", "packed"):
         loaded = [fairseq_qn.load(path, mode, fresh()) for path in (old, new)]
         a, b = (model.state_dict() for model in loaded)
@@ -84,7 +91,11 @@ def test_files_of_each_version_load_for_ever(version: int, tmp_path: Path) -> No
 
 def test_missing_tensors(saved: Path, tmp_path: Path) -> None:
     tensors, plan = parts(saved)
-    layers = {f"{name}/{part}" for name in plan["layers"] for part in ("codes", "codebook", "levels", "scale", "zero")}
+    layers = {
+        f"{name}/{part}"
+        for name in plan["layers"]
+        for part in ("codes", "codebook", "levels", "scale", "zero")
+    }
     for name in tensors:
         path = forge(saved, tmp_path / "f", lambda t, p, name=name: t.pop(name))
         if name.startswith("asset:"):
@@ -117,7 +128,9 @@ def test_wrong_shapes_and_dtypes(saved: Path, tmp_path: Path) -> None:
             assert "expected" in message and "found" in message and name.split("/")[0] in message
         if "/" in name:
             wrong = tensor.to(torch.int16 if tensor.dtype == torch.uint8 else torch.float64)
-            assert "expected" in refusal(forge(saved, tmp_path / "f", lambda t, p, n=name, w=wrong: t.update({n: w})))
+            assert "expected" in refusal(
+                forge(saved, tmp_path / "f", lambda t, p, n=name, w=wrong: t.update({n: w}))
+            )
 
 
 @pytest.mark.parametrize("code", [152, 200, 255])
@@ -125,7 +138,9 @@ def test_codes_beyond_the_codebook(code: int, saved: Path, tmp_path: Path) -> No
     def edit(tensors: Tensors, plan: Plan) -> None:
         tensors["embed.weight/codes"][70] = code
 
-    assert f"embed.weight: expected codes below 152, found {code}" in refusal(forge(saved, tmp_path / "f", edit))
+    assert f"embed.weight: expected codes below 152, found {code}" in refusal(
+        forge(saved, tmp_path / "f", edit)
+    )
 
 
 def test_bits_after_the_last_code(saved: Path, tmp_path: Path) -> None:

@@ -32,7 +32,14 @@ def test_a_manifest_that_claims_10_to_the_12_elements(
     claims = [
         *(
             {"shape": shape}
-            for shape in ([10**12, 8], [10**6, 10**6], [2, 10**12], [10**19, 2], [20, 8, 10**12], [10**300, 8])
+            for shape in (
+                [10**12, 8],
+                [10**6, 10**6],
+                [2, 10**12],
+                [10**19, 2],
+                [20, 8, 10**12],
+                [10**300, 8],
+            )
         ),
         *({"n_centroids": n} for n in (10**12, 65_537, 0, -1)),
         *({"block_size": d} for d in (10**12, 4097, 0, -1, 3)),
@@ -54,7 +61,9 @@ def test_a_small_file_cannot_claim_a_large_weight(saved: Path, tmp_path: Path) -
 
     def edit(tensors: Tensors, plan: Plan) -> None:
         d = 1 << 20
-        plan["layers"]["embed.weight"].update(shape=[8 * 1000, d], block_size=d, n_centroids=1, padding_idx=None)
+        plan["layers"]["embed.weight"].update(
+            shape=[8 * 1000, d], block_size=d, n_centroids=1, padding_idx=None
+        )
         tensors["embed.weight/codes"] = torch.zeros(1000, dtype=torch.uint8)
         tensors["embed.weight/codebook"] = torch.zeros(1, d, dtype=torch.float16)
 
@@ -94,16 +103,22 @@ def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) ->
     for codec in (zlib, bz2):
         bomb = torch.frombuffer(bytearray(codec.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
 
-        def swell(tensors: Tensors, plan: Plan, bomb: torch.Tensor = bomb, name: str = codec.__name__) -> None:
+        def swell(
+            tensors: Tensors, plan: Plan, bomb: torch.Tensor = bomb, name: str = codec.__name__
+        ) -> None:
             tensors["asset:words.txt"] = bomb
             plan["assets"]["words.txt"]["codec"] = name
 
         assert "expected 600 bytes, found 601+" in assets(swell)
     assert "cannot be unpacked" in assets(lambda t, p: p["assets"]["words.txt"].update(codec="bz2"))
     for name in ("lzma", "", None, 5, ["zlib"]):
-        assert "codec: expected zlib or bz2" in assets(lambda t, p, n=name: p["assets"]["words.txt"].update(codec=n))
+        assert "codec: expected zlib or bz2" in assets(
+            lambda t, p, n=name: p["assets"]["words.txt"].update(codec=n)
+        )
     assert "expected 601 bytes, found 600" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=601))
-    assert "expected 599 bytes, found 600+" in assets(lambda t, p: p["assets"]["words.txt"].update(bytes=599))
+    assert "expected 599 bytes, found 600+" in assets(
+        lambda t, p: p["assets"]["words.txt"].update(bytes=599)
+    )
     assert "cannot be unpacked" in assets(lambda t, p: t["asset:words.txt"].zero_())
     for size in (-1, None, "600"):
         assert "no sensible size" in assets(lambda t, p, s=size: p["assets"]["words.txt"].update(bytes=s))
@@ -118,7 +133,23 @@ def nodes(data: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from nodes(value, (*path, key))
 
 
-HOSTILE = [None, True, -1, 0, 3, 10**12, 1.5, "", "embed.weight", [], [[]], [10**12] * 3, {}, {"x": None}, ...]
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**12,
+    1.5,
+    "",
+    "embed.weight",
+    [],
+    [[]],
+    [10**12] * 3,
+    {},
+    {"x": None},
+    ...,
+]
 
 
 def test_no_edit_of_the_manifest_gets_past_a_named_error(
@@ -160,7 +191,9 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(
     }  # what a model that is passed in does not need
 
 
-@pytest.mark.parametrize("source", [{"builder": "none such"}, {"builder": ["x"]}, {"builder": {}}, {"builder": 5}])
+@pytest.mark.parametrize(
+    "source", [{"builder": "none such"}, {"builder": ["x"]}, {"builder": {}}, {"builder": 5}]
+)
 def test_unknown_builders(source: Plan, saved: Path, tmp_path: Path) -> None:
     path = forge(saved, tmp_path / "f", lambda t, p: p.update(source=source))
     with pytest.raises(FormatError, match="source.builder: expected one of"):

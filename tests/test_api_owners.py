@@ -1,4 +1,6 @@
-"""Who owns a weight: ties, modules under two names, modules that are left out, and models on the meta device."""
+"""Who owns a weight: ties, modules under two names, modules that are left out, and models on the meta
+device.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def test_a_tie_is_stored_once_and_restored(mode: str, matched: str, tmp_path: Pa
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
     plan = fairseq_qn.inspect(tmp_path / "m")
     other = {"embed": "head", "head": "embed"}[matched]
-    assert list(plan["layers"]) == [f"{matched}.weight"] and plan["ties"] == [[f"{matched}.weight", f"{other}.weight"]]
+    assert list(plan["layers"]) == [f"{matched}.weight"] and plan["ties"] == [
+        [f"{matched}.weight", f"{other}.weight"]
+    ]
     assert not [name for name in plan["tensors"] if name.startswith(f"{other}.weight")]
     fresh = Net()
     fresh.head.weight = nn.Parameter(torch.zeros(20, 8))  # as a model built without the tie
@@ -69,7 +73,9 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_shared_modules_and_odd_owners(mode: str, device: str, tmp_path: Path) -> None:
     model = Shared()
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]}
+    )
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
     plan = fairseq_qn.inspect(tmp_path / "m")
@@ -116,7 +122,9 @@ class Headed(nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 def test_modules_can_be_left_out(mode: str, tmp_path: Path) -> None:
     model = Headed()
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": r".*fc1|net\.embed|extra\.0", "scheme": "product"}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": r".*fc1|net\.embed|extra\.0", "scheme": "product"}]}
+    )
     fairseq_qn.freeze(model)
     whole = fairseq_qn.save(model, tmp_path / "whole", parts="float32")
     size = fairseq_qn.save(model, tmp_path / "m", parts="float32", drop=["extra", "net.head"])

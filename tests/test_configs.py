@@ -1,4 +1,6 @@
-"""Every ready recipe, on the architectures that it is for: how many layers it takes, and what share of the parameters."""
+"""Every ready recipe, on the architectures that it is for: how many layers it takes, and what share of the
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from fairseq_qn.recipe import Recipe
 
 RECIPES = sorted((config_dir() / "recipes").glob("*.yaml"))
 
-# (recipe, architecture, options) -> layers, share of all parameters with the vocabulary that the architecture is known for
+# (recipe, architecture, options) -> layers, share of all parameters with the vocabulary that the
+# architecture is known for
 TABLE = {
     ("roberta", "qn_roberta", ()): (73, 0.991),
     ("roberta", "qn_roberta_base", ()): (73, 0.991),
@@ -38,8 +41,12 @@ TABLE = {
 def build(arch: str, options: tuple[str, ...], vocabulary: int = 50_265) -> torch.nn.Module:
     dictionary = Dictionary()
     dictionary.symbols += [str(i) for i in range(vocabulary - len(dictionary))]
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary, cfg=None, args=Namespace(seed=1))
-    args = Namespace(arch=arch, _name=arch, max_positions=512, tokens_per_sample=512, **dict.fromkeys(options, True))
+    task = SimpleNamespace(
+        source_dictionary=dictionary, target_dictionary=dictionary, cfg=None, args=Namespace(seed=1)
+    )
+    args = Namespace(
+        arch=arch, _name=arch, max_positions=512, tokens_per_sample=512, **dict.fromkeys(options, True)
+    )
     cls = ARCH_MODEL_REGISTRY[arch]
     if getattr(cls, "__dataclass", None) is None:
         ARCH_CONFIG_REGISTRY[arch](args)

@@ -27,6 +27,8 @@ def test_any_text_becomes_one_line(text: str, cls: type[QNError]) -> None:
 @pytest.mark.parametrize("length", [10, 150, 2_000, 10**7])
 def test_a_cut_message_keeps_what_where_and_what_to_do(length: int) -> None:
     path, name = "/folder/" + "d" * length, "layer\n{}" * (length // 8)
-    message = str(FormatError(f"{path}: tensor {name!r}: expected K 8, found 16; use the recipe of the checkpoint"))
+    message = str(
+        FormatError(f"{path}: tensor {name!r}: expected K 8, found 16; use the recipe of the checkpoint")
+    )
     assert message.startswith("/folder/ddd") and len(message) <= MAX_MESSAGE
     assert message.endswith("expected K 8, found 16; use the recipe of the checkpoint")

@@ -1,4 +1,6 @@
-"""The tree as drawn: what lies at the top, what no tracked file may name, what the mathematics says of itself."""
+"""The tree as drawn: what lies at the top, what no tracked file may name, what the mathematics says of
+itself.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,35 @@ TEXT = {".py", ".sh", ".yaml", ".yml", ".md", ".txt", ".toml", ".ini", ".json", 
 DATA = "run_scripts/data/"  # shipped corpora: other people's words
 # Written in two parts, so that this file does not hold what it forbids.
 FORBIDDEN = {
-    "a package registry's host": r"pypi\.o" r"rg|pythonho" r"sted|files\.pyth" r"on|download\.pyt" r"orch"
-    r"|npm" r"js\.(org|com)|anaconda\.o" r"rg|deb\.deb" r"ian",
+    "a package registry's host": r"pypi\.o"
+    r"rg|pythonho"
+    r"sted|files\.pyth"
+    r"on|download\.pyt"
+    r"orch"
+    r"|npm"
+    r"js\.(org|com)|anaconda\.o"
+    r"rg|deb\.deb"
+    r"ian",
     "a path of one machine": r"(?<![\w.$}])/"
-    r"(work/(main|shared|\.)|ro" r"ot/|ho" r"me/\w|opt/(wheels|pypi)|tmp/w\b|Us" r"ers/)",
-    "what lies outside the tree": r"(?<!\.\./)\bsha" r"red/(?!data)|(?i:\b(DESIGN|FAIRSEQ|UPSTREAM|STYLE|FACTS)\.md)",
+    r"(work/(main|shared|\.)|ro"
+    r"ot/|ho"
+    r"me/\w|opt/(wheels|pypi)|tmp/w\b|Us"
+    r"ers/)",
+    "what lies outside the tree": r"(?<!\.\./)\bsha"
+    r"red/(?!data)|(?i:\b(DESIGN|FAIRSEQ|UPSTREAM|STYLE|FACTS)\.md)",
 }
 
 
 def tracked() -> list[str]:
     """Paths of the files under version control; of all files where there is no repository."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
         return [path for path in listed.split("\0") if path and (ROOT / path).is_file()]
-    return [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and ".venv" not in p.parts]
+    return [
+        p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and ".venv" not in p.parts
+    ]
 
 
 def offences(text: str) -> list[str]:
@@ -43,7 +60,9 @@ def offences(text: str) -> list[str]:
 
 
 def undocumented(text: str) -> list[str]:
-    """Public functions of a source, methods of public classes included, that lack a docstring or an annotation."""
+    """Public functions of a source, methods of public classes included, that lack a docstring or an
+    annotation.
+    """
     found = []
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
@@ -53,7 +72,12 @@ def undocumented(text: str) -> list[str]:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
             spec = node.args
-            args = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, [spec.vararg, spec.kwarg])]
+            args = [
+                *spec.posonlyargs,
+                *spec.args,
+                *spec.kwonlyargs,
+                *filter(None, [spec.vararg, spec.kwarg]),
+            ]
             bare = [a.arg for a in args if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
             lacks = [f"annotation of {a}" for a in bare] + ["return annotation"] * (node.returns is None)
             # forward and backward of an autograd Function are described by the class
@@ -92,13 +116,15 @@ def test_long_files_are_listed() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["see py" "pi.org/simple", "cd /wo" "rk/main", "open('/ro" "ot/x')", "read sha" "red/notes", "see DES" "IGN.md"],
+    ["see pypi.org/simple", "cd /work/main", "open('/root/x')", "read shared/notes", "see DESIGN.md"],
 )
 def test_an_offence_is_seen(text: str) -> None:
     assert len(offences(f"first line\n{text}\n")) == 1
 
 
-@pytest.mark.parametrize("text", ["../shared/data", "$HOME/root/x", "cats/work/main", "a shared weight", "https://github.com/x"])
+@pytest.mark.parametrize(
+    "text", ["../shared/data", "$HOME/root/x", "cats/work/main", "a shared weight", "https://github.com/x"]
+)
 def test_an_innocent_line_passes(text: str) -> None:
     assert offences(text) == []
 

@@ -1,4 +1,6 @@
-"""The stock `fairseq-hydra-train` knows the qn_ names as group choices, without user_dir, by the Hydra plugin."""
+"""The stock `fairseq-hydra-train` knows the qn_ names as group choices, without user_dir, by the Hydra
+plugin.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ COMMAND = Path(sys.executable).with_name("fairseq-hydra-train")
 def composed(cwd: Path, *overrides: str) -> dict:
     """The configuration that the stock command composes, without training."""
     done = subprocess.run(
-        [str(COMMAND), *overrides, "--cfg", "job"], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [str(COMMAND), *overrides, "--cfg", "job"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Error importing" not in done.stderr
@@ -52,6 +59,8 @@ first = sys.modules["fairseq_qn"]
 import_user_module(Namespace(user_dir={str(ROOT / "fairseq_qn")!r}))
 print(sys.modules["fairseq_qn"] is first)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("True")

@@ -1,4 +1,6 @@
-"""Who may import whom, read from the sources by `ast`: nothing imports upward, and few files import fairseq."""
+"""Who may import whom, read from the sources by `ast`: nothing imports upward, and few files import
+fairseq.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def module_name(path: str) -> str:
 
 
 def part_of(module: str) -> str:
-    """The file or folder directly below the package: `fairseq_qn.quant.blocks` -> `quant`; itself `__init__`."""
+    """The file or folder directly below the package: `fairseq_qn.quant.blocks` -> `quant`; itself
+    `__init__`.
+    """
     return [*module.split("."), "__init__"][1]
 
 
@@ -52,22 +56,31 @@ def imported(tree: ast.AST, path: str) -> list[tuple[int, str, str]]:
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-                name, dots = node.args[0].value, len(node.args[0].value) - len(node.args[0].value.lstrip("."))
+                name, dots = (
+                    node.args[0].value,
+                    len(node.args[0].value) - len(node.args[0].value.lstrip(".")),
+                )
                 relative = ast.ImportFrom(module=name.lstrip(".") or None, names=[], level=dots)
                 found.append((node.lineno, resolve(relative, path), ""))
     return found
 
 
 def violations(sources: dict[str, str]) -> list[str]:
-    """Every import in `sources` (path -> text, paths such as `fairseq_qn/quant/blocks.py`) that breaks a rule."""
+    """Every import in `sources` (path -> text, paths such as `fairseq_qn/quant/blocks.py`) that breaks a
+    rule.
+    """
     trees = {path: ast.parse(text, path) for path, text in sources.items()}
     modules = {module_name(path) for path in sources}
     modules |= {name.rsplit(".", 1)[0] for name in modules}  # folders without __init__.py
     root = f"{PACKAGE}/__init__.py"
-    public = {name: module for _, module, name in imported(trees.get(root, ast.Module([], [])), root) if name}
+    public = {
+        name: module for _, module, name in imported(trees.get(root, ast.Module([], [])), root) if name
+    }
 
     def target(module: str, name: str) -> str:
-        """The part that an import reaches; a name taken from the package counts where the package has it from."""
+        """The part that an import reaches; a name taken from the package counts where the package has it
+        from.
+        """
         if module != PACKAGE or name.startswith("__"):
             return part_of(module)
         if f"{PACKAGE}.{name}" in modules or name in LEVEL:
@@ -87,18 +100,25 @@ def violations(sources: dict[str, str]) -> list[str]:
             if top == PACKAGE and here != "__init__" and not (module == PACKAGE and name.startswith("__")):
                 there = target(module, name)
                 # only the top layer may import the package as a whole: its __init__ imports everything
-                if LEVEL.get(there, TOP) > LEVEL[here] and not (there == "__init__" and LEVEL[here] == TOP - 1):
+                if LEVEL.get(there, TOP) > LEVEL[here] and not (
+                    there == "__init__" and LEVEL[here] == TOP - 1
+                ):
                     broken.append(f"{path}:{line}: {here} imports {there} ({module} {name})".rstrip())
     return broken
 
 
 def test_package_keeps_the_layers() -> None:
-    sources = {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in sorted((ROOT / PACKAGE).rglob("*.py"))}
+    sources = {
+        p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in sorted((ROOT / PACKAGE).rglob("*.py"))
+    }
     assert len(sources) > 10
     assert violations(sources) == []
 
 
-ROOT_INIT = {"fairseq_qn/__init__.py": "from fairseq_qn.recipe import Recipe\nfrom .api import apply\nimport fairseq\n"}
+ROOT_INIT = {
+    "fairseq_qn/__init__.py": "from fairseq_qn.recipe import Recipe\nfrom .api import apply\nimport "
+    "fairseq\n"
+}
 
 
 @pytest.mark.parametrize(
@@ -132,10 +152,19 @@ def test_a_violation_is_seen(path: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("fairseq_qn/tasks/masked_lm.py", "import fairseq\nfrom fairseq_qn import apply\nfrom ..hub import load"),
-        ("fairseq_qn/modules/view.py", "from fairseq_qn import Recipe, errors\nfrom ..quant.noise import mask"),
+        (
+            "fairseq_qn/tasks/masked_lm.py",
+            "import fairseq\nfrom fairseq_qn import apply\nfrom ..hub import load",
+        ),
+        (
+            "fairseq_qn/modules/view.py",
+            "from fairseq_qn import Recipe, errors\nfrom ..quant.noise import mask",
+        ),
         ("fairseq_qn/modules/view.py", "from fairseq_qn import __version__\nfrom .linear import PQLinear"),
-        ("fairseq_qn/api.py", "from importlib.util import find_spec\nfind_spec('fairseq')\nimport fairseq_other"),
+        (
+            "fairseq_qn/api.py",
+            "from importlib.util import find_spec\nfind_spec('fairseq')\nimport fairseq_other",
+        ),
         ("fairseq_qn/cli.py", "import fairseq_qn\nfrom fairseq_qn import apply, hub"),
         ("fairseq_qn/hydra_plugins/fairseq_qn/__init__.py", "import fairseq_qn"),
     ],

@@ -37,7 +37,9 @@ def test_wheel_holds_package_configs_and_plugin(wheel: Path) -> None:
     assert not plugin & names, "the plugin is there twice"
     configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
     assert {f"fairseq_qn/{p}" for p in configs} <= names
-    assert "hydra_plugins/__init__.py" not in names, "an __init__.py here would hide other distributions' plugins"
+    assert "hydra_plugins/__init__.py" not in names, (
+        "an __init__.py here would hide other distributions' plugins"
+    )
 
 
 def test_configs_are_found_in_an_installation(wheel: Path, tmp_path: Path) -> None:
@@ -60,7 +62,9 @@ def test_command_and_extras() -> None:
 
 @pytest.mark.parametrize("loaded", ["fairseq", "json"])
 def test_plugin_registers_beside_fairseq_only(loaded: str, tmp_path: Path) -> None:
-    """In a program that uses fairseq, composing finds fairseq_qn; in another Hydra program, nothing is imported."""
+    """In a program that uses fairseq, composing finds fairseq_qn; in another Hydra program, nothing is
+    imported.
+    """
     code = f"""
 import sys, {loaded}
 from hydra import compose, initialize_config_dir
@@ -68,6 +72,8 @@ with initialize_config_dir({str(tmp_path)!r}, version_base=None):
     compose(overrides=[])
 print("hydra_plugins.fairseq_qn" in sys.modules, "fairseq_qn" in sys.modules, "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     yes = str(loaded == "fairseq")
     assert done.stdout.split()[-3:] == ["True", yes, yes]

@@ -39,29 +39,52 @@ def proxy(p: Any, **more: Any) -> dict[str, Any]:
 LEGAL = [
     (recipe(), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),))),
     (recipe(keep=["a", "b"]), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),), ("a", "b"))),
-    (recipe(keep=None, stages=None, noise=None), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),))),
+    (
+        recipe(keep=None, stages=None, noise=None),
+        Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),)),
+    ),
     (
         recipe(noise={"kind": "proxy", "p": 0.1}, stages=[{"name": "all", "update": 0}]),
-        Recipe((Rule(".*fc1", "product", "all"),), (Stage("all", update=0),), (), Noise("proxy", ((0, 0.1),))),
-    ),
-    (
-        recipe(noise={"kind": "exact", "p": [[0, 0], [100, 0.5]], "refresh": 7}, stages=[{"name": "all", "epoch": 3}]),
         Recipe(
-            (Rule(".*fc1", "product", "all"),), (Stage("all", epoch=3),), (), Noise("exact", ((0, 0.0), (100, 0.5)), 7)
+            (Rule(".*fc1", "product", "all"),), (Stage("all", update=0),), (), Noise("proxy", ((0, 0.1),))
         ),
     ),
     (
-        with_rule(scheme="integer", bits=4, granularity="group", group_size=32, stage=5, noise={"kind": "none"}),
+        recipe(
+            noise={"kind": "exact", "p": [[0, 0], [100, 0.5]], "refresh": 7},
+            stages=[{"name": "all", "epoch": 3}],
+        ),
         Recipe(
-            (Rule(".*fc1", "integer", "5", bits=4, granularity="group", group_size=32, noise=Noise()),), (Stage("5"),)
+            (Rule(".*fc1", "product", "all"),),
+            (Stage("all", epoch=3),),
+            (),
+            Noise("exact", ((0, 0.0), (100, 0.5)), 7),
         ),
     ),
     (
-        with_rule(module="Conv2d", where={"kernel_size": [3, 3]}, optional=True, n_centroids=65_536, block_size=9),
+        with_rule(
+            scheme="integer", bits=4, granularity="group", group_size=32, stage=5, noise={"kind": "none"}
+        ),
+        Recipe(
+            (Rule(".*fc1", "integer", "5", bits=4, granularity="group", group_size=32, noise=Noise()),),
+            (Stage("5"),),
+        ),
+    ),
+    (
+        with_rule(
+            module="Conv2d", where={"kernel_size": [3, 3]}, optional=True, n_centroids=65_536, block_size=9
+        ),
         Recipe(
             (
                 Rule(
-                    ".*fc1", "product", "all", 9, 65_536, module="Conv2d", where={"kernel_size": [3, 3]}, optional=True
+                    ".*fc1",
+                    "product",
+                    "all",
+                    9,
+                    65_536,
+                    module="Conv2d",
+                    where={"kernel_size": [3, 3]},
+                    optional=True,
                 ),
             ),
             (Stage("all"),),
@@ -81,7 +104,13 @@ def test_legal_recipes_and_their_round_trips(data: dict[str, Any], expected: Rec
     plain = loaded.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
-    for source in (plain, loaded.to_json(), yaml.safe_dump(plain), tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
+    for source in (
+        plain,
+        loaded.to_json(),
+        yaml.safe_dump(plain),
+        tmp_path / "r.yaml",
+        str(tmp_path / "r.yaml"),
+    ):
         assert Recipe.load(source) == loaded
 
 
@@ -95,7 +124,8 @@ OWN = {
 def rules_of(scheme: str) -> st.SearchStrategy[Rule]:
     noise = st.none() | st.builds(Noise, st.sampled_from(["none", "proxy", "exact"]), st.just(((0, 0.5),)))
     return st.builds(
-        Rule, st.sampled_from(["a", ".*"]), st.just(scheme), st.just("s"), optional=st.booleans(), noise=noise,
+        Rule, st.sampled_from(["a", ".*"]), st.just(scheme), st.just("s"), optional=st.booleans(),
+        noise=noise,
         module=st.sampled_from([None, "Linear"]), **OWN[scheme],
     )  # fmt: skip
 
@@ -106,7 +136,9 @@ def rules_of(scheme: str) -> st.SearchStrategy[Rule]:
         st.lists(rules_of("product") | rules_of("integer"), min_size=1, max_size=3).map(tuple),
         st.builds(Stage, st.just("s"), st.none() | st.integers(0, 9)).map(lambda s: (s,)),
         st.sampled_from([(), ("x", "y.*")]),
-        st.builds(Noise, st.just("exact"), st.just(((0, 0.0), (5, 0.25))), st.just("epoch") | st.integers(1, 99)),
+        st.builds(
+            Noise, st.just("exact"), st.just(((0, 0.0), (5, 0.25))), st.just("epoch") | st.integers(1, 99)
+        ),
     )
 )
 def test_every_recipe_survives_its_own_text(built: Recipe) -> None:
@@ -144,17 +176,29 @@ ILLEGAL = [
     (with_rule(block_size="8"), "rules[0].block_size: expected a whole number from 1 to 4096, found '8'"),
     (with_rule(block_size=8.0), "rules[0].block_size: expected a whole number from 1 to 4096, found 8.0"),
     (with_rule(n_centroids=1), "rules[0].n_centroids: expected a whole number from 2 to 65536, found 1"),
-    (with_rule(n_centroids=65_537), "rules[0].n_centroids: expected a whole number from 2 to 65536, found 65537"),
+    (
+        with_rule(n_centroids=65_537),
+        "rules[0].n_centroids: expected a whole number from 2 to 65536, found 65537",
+    ),
     (integers(bits=True), "rules[0].bits: expected a whole number from 2 to 8, found True"),
     (integers(bits=9), "rules[0].bits: expected a whole number from 2 to 8, found 9"),
     (integers(bits=None), "rules[0].bits: expected a whole number from 2 to 8, found None"),
     (integers(group_size=0), "rules[0].group_size: expected a whole number from 1 to 65536, found 0"),
-    (integers(granularity="row"), "rules[0].granularity: expected one of ['tensor', 'channel', 'group'], found 'row'"),
-    (with_rule(module="Linaer"), "rules[0].module: expected one of ['Linear', 'Embedding', 'Conv2d'], found 'Linaer'"),
+    (
+        integers(granularity="row"),
+        "rules[0].granularity: expected one of ['tensor', 'channel', 'group'], found 'row'",
+    ),
+    (
+        with_rule(module="Linaer"),
+        "rules[0].module: expected one of ['Linear', 'Embedding', 'Conv2d'], found 'Linaer'",
+    ),
     (with_rule(where=["in_features"]), "rules[0].where: expected a mapping, found ['in_features']"),
     (with_rule(optional="yes"), "rules[0].optional: expected true or false, found 'yes'"),
     (with_rule(noise="proxy"), "rules[0].noise: expected a mapping, found 'proxy'"),
-    (with_rule(noise={"kind": "pq"}), "rules[0].noise.kind: expected one of ['none', 'proxy', 'exact'], found 'pq'"),
+    (
+        with_rule(noise={"kind": "pq"}),
+        "rules[0].noise.kind: expected one of ['none', 'proxy', 'exact'], found 'pq'",
+    ),
     (recipe(noise={"prob": 0.1}), "noise: unknown prob; known: kind, p, refresh"),
     (proxy(1.5), "noise.p: expected probabilities in [0, 1] at rising updates, found 1.5"),
     (proxy(-0.1), "noise.p: expected probabilities in [0, 1] at rising updates, found -0.1"),
@@ -173,9 +217,15 @@ ILLEGAL = [
     (recipe(noise={"p": 0.1}), "noise.kind: expected one of ['none', 'proxy', 'exact'], found None"),
     (recipe(noise={"refresh": 3}), "noise.kind: expected one of ['none', 'proxy', 'exact'], found None"),
     (recipe(noise={"kind": "proxy"}), "noise.p: expected the probability of proxy noise, found none"),
-    (with_rule(noise={"kind": "exact", "refresh": 3}), "rules[0].noise.p: expected the probability of exact noise, found none"),
+    (
+        with_rule(noise={"kind": "exact", "refresh": 3}),
+        "rules[0].noise.p: expected the probability of exact noise, found none",
+    ),
     (with_rule(bits=4), "rules[0]: bits: not of scheme product; take it out, or change the scheme"),
-    (with_rule(granularity="group", group_size=8), "rules[0]: granularity, group_size: not of scheme product"),
+    (
+        with_rule(granularity="group", group_size=8),
+        "rules[0]: granularity, group_size: not of scheme product",
+    ),
     (integers(block_size=8), "rules[0]: block_size: not of scheme integer"),
     (integers(n_centroids=256), "rules[0]: n_centroids: not of scheme integer"),
     (recipe(keep=".*embed"), "keep: expected a list, found '.*embed'"),
@@ -183,13 +233,19 @@ ILLEGAL = [
     (recipe(stages="all"), "stages: expected a list, found 'all'"),
     (recipe(stages=["all", "all"]), "stages: each name once, found ['all', 'all']"),
     (recipe(stages=["ffn"]), "rules[0].stage: expected one of ['ffn'], found 'all'"),
-    (recipe(stages=["all", "emb"]), "stages: no rule belongs to stage 'emb'; name it in a rule or take it out"),
-    (recipe(stages=[{"update": 5}]), "stages[0]: expected a name, or {name: , update: N} or {name: , epoch: N}"),
+    (
+        recipe(stages=["all", "emb"]),
+        "stages: no rule belongs to stage 'emb'; name it in a rule or take it out",
+    ),
+    (
+        recipe(stages=[{"update": 5}]),
+        "stages[0]: expected a name, or {name: , update: N} or {name: , epoch: N}",
+    ),
     (recipe(stages=[{"name": "all", "update": 1, "epoch": 2}]), "stages[0]: expected a name, or"),
     (recipe(stages=[{"name": "all", "update": -1}]), "stages[0]: expected a name, or"),
     (recipe(stages=[{"name": "all", "update": "5"}]), "stages[0]: expected a name, or"),
     (recipe(stages=[{"name": "all", "at": 5}]), "stages[0]: unknown at; known: name, update, epoch"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("data", "words"), ILLEGAL)
@@ -217,7 +273,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             Recipe.load(path)
 
 
-# The example that ships with fairseq, in structure: doubled backslashes, sizes by part of the name or by attribute.
+# The example that ships with fairseq, in structure: doubled backslashes, sizes by part of the name or by
+# attribute.
 FAIRSEQ = r"""
 n_centroids:
     Linear: {key: in_features, value: {"*": 16}}
@@ -261,11 +318,15 @@ def test_fairseqs_own_yaml_matches_every_layer_that_it_names() -> None:
     assert [stage.name for stage in loaded.stages] == ["step0", "step1", "step2"]
     model = language_model()
     coverage = fairseq_qn.apply(model, loaded)
-    found = {name: (rule.stage, rule.block_size, rule.n_centroids) for name, (rule, _) in coverage.matched.items()}
+    found = {
+        name: (rule.stage, rule.block_size, rule.n_centroids) for name, (rule, _) in coverage.matched.items()
+    }
     expected = {}
     for i in range(2):
         expected |= {f"decoder.layers.{i}.{fc}.weight": ("step0", 8, 16) for fc in ("fc1", "fc2")}
-        expected |= {f"decoder.layers.{i}.self_attn.{p}_proj.weight": ("step2", 4, 16) for p in ("k", "v", "q", "out")}
+        expected |= {
+            f"decoder.layers.{i}.self_attn.{p}_proj.weight": ("step2", 4, 16) for p in ("k", "v", "q", "out")
+        }
     for i in range(3):
         expected[f"decoder.embed_tokens.embeddings.{i}.0.weight"] = ("step1", 8, 16)
         expected[f"decoder.embed_tokens.embeddings.{i}.1.weight"] = ("step1", 4, 16)
@@ -283,7 +344,10 @@ def test_fairseqs_yaml_by_attribute() -> None:
     data["n_centroids"]["Linear"] = {"key": "fuzzy_name", "value": {"fc2": 7, "*": 5}}
     del data["n_centroids"]["Embedding"]
     matched = fairseq_qn.apply(language_model(), data).matched
-    sizes = {name.removeprefix("decoder."): (rule.block_size, rule.n_centroids) for name, (rule, _) in matched.items()}
+    sizes = {
+        name.removeprefix("decoder."): (rule.block_size, rule.n_centroids)
+        for name, (rule, _) in matched.items()
+    }
     assert sizes["layers.0.fc1.weight"] == (4, 5) and sizes["layers.0.fc2.weight"] == (16, 7)
     assert sizes["embed_tokens.embeddings.0.0.weight"] == (8, 256)
 
@@ -294,7 +358,10 @@ def test_fairseqs_yaml_by_attribute() -> None:
         ({"layers_to_quantize": None}, "layers_to_quantize: expected a list, found None"),
         ({"layers_to_quantize": 5}, "layers_to_quantize: expected a list, found 5"),
         ({"block_sizes": {"Linear": 8}}, "block_sizes.Linear: expected a mapping, found 8"),
-        ({"block_sizes": {"Linear": {"value": {}}}}, "block_sizes.Linear: expected {key: NAME, value: {...}}"),
+        (
+            {"block_sizes": {"Linear": {"value": {}}}},
+            "block_sizes.Linear: expected {key: NAME, value: {...}}",
+        ),
         (
             {"n_centroids": {"Linear": {"key": "x", "value": 5}}},
             "n_centroids.Linear: expected {key: NAME, value: {...}}",

@@ -1,4 +1,6 @@
-"""The core works where fairseq is not installed: recipe, noise, freezing, the file and back, in a fresh process."""
+"""The core works where fairseq is not installed: recipe, noise, freezing, the file and back, in a fresh
+process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ BLOCK = """
 
     find = PathFinder.find_spec
 
-    def find_all_but_fairseq(name, path=None, target=None):  # as where it is not installed: find_spec gives None
+    # as where it is not installed: find_spec gives None
+    def find_all_but_fairseq(name, path=None, target=None):
         return None if name.split(".")[0] in ("fairseq", "fairseq_cli") else find(name, path, target)
 
     PathFinder.find_spec = find_all_but_fairseq
@@ -23,7 +26,9 @@ BLOCK = """
 def run(code: str, cwd: Path) -> str:
     """Standard output of a program that runs where `import fairseq` fails."""
     program = textwrap.dedent(BLOCK) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,8 +62,11 @@ def test_the_four_verbs(tmp_path: Path) -> None:
         recipe = fairseq_qn.Recipe.load({
             "version": 1,
             "noise": {"kind": "proxy", "p": 0.5},
-            "rules": [{"layers": "0", **rule, "stage": "emb"}, {"layers": "1", **rule, "stage": "ffn"},
-                      {"layers": "3", "scheme": "integer", "bits": 8, "granularity": "channel", "stage": "ffn"}],
+            "rules": [
+                {"layers": "0", **rule, "stage": "emb"},
+                {"layers": "1", **rule, "stage": "ffn"},
+                {"layers": "3", "scheme": "integer", "bits": 8, "granularity": "channel", "stage": "ffn"},
+            ],
             "stages": ["ffn", "emb"],
         })
         x = torch.arange(300).view(30, 10)

@@ -1,8 +1,8 @@
 """Codes of 1 to 16 bits, packed with no gaps into bytes.
 
-Little-endian bit order: code i takes bits [i * bits, (i + 1) * bits) of the stream, its lowest bit first, and bit j of
-the stream is bit j % 8 of byte j // 8. The last byte is filled up with zero bits. Three codes of 3 bits, written with
-the highest bit on the left:
+Little-endian bit order: code i takes bits [i * bits, (i + 1) * bits) of the stream, its lowest bit first,
+and bit j of the stream is bit j % 8 of byte j // 8. The last byte is filled up with zero bits. Three codes
+of 3 bits, written with the highest bit on the left:
 
     code            7 = 111    1 = 001    6 = 110
     byte 0          10 001 111                        the low two bits of 6, then 1, then 7
@@ -26,7 +26,8 @@ from fairseq_qn.errors import EncodeError, FormatError
 
 MAX_BITS = 16
 
-# A multiple of 8, so that each chunk starts on a byte. Temporaries are at most 18 bytes per code of a chunk: 19 MB.
+# A multiple of 8, so that each chunk starts on a byte. Temporaries are at most 18 bytes per code of a chunk:
+# 19 MB.
 _CHUNK = 1 << 20
 
 
@@ -44,10 +45,13 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     With 8 or 16 bits the result may share memory with `values`.
 
-    Raises: EncodeError if `bits` is not in 1..16, `values` are not integers, or one of them is outside [0, 2**bits).
+    Raises: EncodeError if `bits` is not in 1..16, `values` are not integers, or one of them is outside [0,
+    2**bits).
     """
     if not _is_width(bits):
-        raise EncodeError(f"pack: expected bits in 1..{MAX_BITS}, found {bits!r}; choose at most 2**{MAX_BITS} codes")
+        raise EncodeError(
+            f"pack: expected bits in 1..{MAX_BITS}, found {bits!r}; choose at most 2**{MAX_BITS} codes"
+        )
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise EncodeError(f"pack: expected integer codes, found {values.dtype}; convert them first")
     flat = values.detach().cpu().contiguous().reshape(-1).numpy()
@@ -64,14 +68,17 @@ def pack(values: Tensor, bits: int) -> Tensor:
         octets = chunk.view(np.uint8).reshape(chunk.size, -1)  # [n, 1 or 2], low byte first
         stream = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [n, bits], lowest bit first
         first = packed_bytes(start, bits)
-        packed[first : first + packed_bytes(chunk.size, bits)] = np.packbits(stream.reshape(-1), bitorder="little")
+        packed[first : first + packed_bytes(chunk.size, bits)] = np.packbits(
+            stream.reshape(-1), bitorder="little"
+        )
     return torch.from_numpy(packed)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The `n` codes that `pack` wrote, [n]: uint8 for at most 8 bits, int32 above.
 
-    With 8 bits the result may share memory with `packed`. Nothing is allocated before the length has been checked.
+    With 8 bits the result may share memory with `packed`. Nothing is allocated before the length has been
+    checked.
 
     Raises: FormatError if `packed` is not uint8 [packed_bytes(n, bits)], or its padding bits are not zero.
     """

@@ -6,10 +6,12 @@
     integer   <name>/levels    uint8 [ceil(n * bits / 8)]           packed at `bits` bits
               <name>/scale     fp32 [n_ranges]
               <name>/zero      uint8 [n_ranges]
-    dense     <name>           Parameters: fp16 or fp32, times 2^exponent; buffers: fp32, fp64 as it is; what is not
+    dense     <name>           Parameters: fp16 or fp32, times 2^exponent; buffers: fp32,
+    fp64 as it is; what is not
                                floating point as it is
 
-exponent is 0 unless fp16 would overflow or lose small values; then the values are shifted by a power of two, exactly.
+exponent is 0 unless fp16 would overflow or lose small values; then the values are shifted by a power of two,
+exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ FLOATS = {"float16": torch.float16, "float32": torch.float32}
 def product_entry(
     shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None, pad: bool = False
 ) -> Entry:
-    """The manifest's record of a product-quantised weight; n_centroids as clipped; pad: whether its pad row is stored."""
+    """The manifest's record of a product-quantised weight; n_centroids as clipped; pad: whether its pad row
+    is stored.
+    """
     return {
         "scheme": "product", "shape": list(shape), "block_size": block_size, "n_centroids": n_centroids,
         "padding_idx": padding_idx, "exponent": 0, **({"pad": 0} if pad else {}),
@@ -53,12 +57,18 @@ def integer_entry(shape: Sequence[int], bits: int, granularity: str, group_size:
 
 
 def layout(entry: Entry, dtype: torch.dtype) -> Specs:
-    """part -> (dtype, shape) of the tensors that stand for a weight, with floating-point parts in `dtype`."""
+    """part -> (dtype, shape) of the tensors that stand for a weight, with floating-point parts in
+    `dtype`.
+    """
     n = prod(entry["shape"])
     if entry["scheme"] == "product":
         d, k = entry["block_size"], entry["n_centroids"]
         pad = {"pad": (dtype, (n // entry["shape"][0],))} if "pad" in entry else {}
-        return {"codes": (torch.uint8, (packed_bytes(n // d, code_bits(k)),)), "codebook": (dtype, (k, d)), **pad}
+        return {
+            "codes": (torch.uint8, (packed_bytes(n // d, code_bits(k)),)),
+            "codebook": (dtype, (k, d)),
+            **pad,
+        }
     ranges, _ = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
     return {
         "levels": (torch.uint8, (packed_bytes(n, entry["bits"]),)),
@@ -70,7 +80,9 @@ def layout(entry: Entry, dtype: torch.dtype) -> Specs:
 def encode_product(
     entry: Entry, codes: Tensor, codebook: Tensor, dtype: torch.dtype, pad: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Parts of a product-quantised weight; sets entry["exponent"], and entry["pad"] where the entry has it."""
+    """Parts of a product-quantised weight; sets entry["exponent"], and entry["pad"] where the entry has
+    it.
+    """
     narrow, entry["exponent"] = narrowed(codebook, dtype)
     parts = {"codes": pack(codes, code_bits(entry["n_centroids"])), "codebook": narrow}
     if "pad" in entry:
@@ -118,7 +130,9 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 def exponent_of(values: Tensor, dtype: torch.dtype) -> int:
-    """The power of two that `narrowed` takes out: 0 unless `dtype` is fp16 and would overflow or lose small values."""
+    """The power of two that `narrowed` takes out: 0 unless `dtype` is fp16 and would overflow or lose small
+    values.
+    """
     if not values.is_floating_point() or dtype != torch.float16 or not values.numel():
         return 0
     largest = float(values.detach().abs().max())

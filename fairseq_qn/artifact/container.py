@@ -1,7 +1,7 @@
 """One safetensors file: written atomically, the same bytes for the same input, and read strictly.
 
-The file is a header (see `header`) and the bytes of the tensors, the widest dtype first and then by name, with no gaps.
-Nothing in it is executed, and no tensor is handed out before its digest has been checked.
+The file is a header (see `header`) and the bytes of the tensors, the widest dtype first and then by name,
+with no gaps. Nothing in it is executed, and no tensor is handed out before its digest has been checked.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ def predict_bytes(shapes: Mapping[str, Spec], manifest: Mapping[str, Any]) -> in
 def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> int:
     """Write one file, replacing what is at `path` in one step, and return its size on disk in bytes.
 
-    `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors may be on
-    any device, strided in any way, and may share storage; each is written in full. A kill leaves the old file or the
-    new one, and perhaps a `.*.qn-tmp` beside it, which the next write to `path` removes.
+    `manifest` is plain JSON data; a table `tensors: {name: {dtype, shape, sha256}}` is added to it. Tensors
+    may be on any device, strided in any way, and may share storage; each is written in full. A kill leaves
+    the old file or the new one, and perhaps a `.*.qn-tmp` beside it, which the next write to `path` removes.
 
-    Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails; nothing is left.
+    Raises: EncodeError for tensors or a manifest that the file cannot hold; OSError if writing fails;
+    nothing is left.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise EncodeError(
-                f"tensor {name!r}: expected a dense tensor with data, found {short(tensor)}; convert it first"
+                f"tensor {name!r}: expected a dense tensor with data, found {short(tensor)}; convert it "
+                "first"
             )
     specs = header.ordered({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
     blank = header.encode(specs, manifest, {})
@@ -61,7 +63,8 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
 
 
 def read_manifest(path: PathLike) -> dict[str, Any]:
-    """The manifest, with its table of tensors. The header is verified; the tensors' bytes are neither read nor checked.
+    """The manifest, with its table of tensors. The header is verified; the tensors' bytes are neither read
+    nor checked.
 
     Raises: FormatError for anything but a whole, undamaged header; OSError if there is no such file.
     """
@@ -70,14 +73,18 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
 
 
 def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, each in memory of its own, and the manifest. Takes about as much memory as the file is large.
+    """The tensors, each in memory of its own, and the manifest. Takes about as much memory as the file is
+    large.
 
-    Raises: FormatError for a file that is not whole, undamaged and of this format; OSError if there is no such file.
+    Raises: FormatError for a file that is not whole, undamaged and of this format; OSError if there is no
+    such file.
     """
     with _opened(path) as file:
         manifest, specs = header.decode(file, path)
         table = manifest["tensors"]
-        tensors = {name: _read_tensor(file, path, name, spec, table[name]["sha256"]) for name, spec in specs.items()}
+        tensors = {
+            name: _read_tensor(file, path, name, spec, table[name]["sha256"]) for name, spec in specs.items()
+        }
     return tensors, manifest
 
 
@@ -92,8 +99,11 @@ def _read_tensor(file: BinaryIO, path: PathLike, name: str, spec: Spec, sha256: 
             raise bad(path, f"tensor {short(name)}", f"{len(view)} bytes", "the end of the file")
         digest.update(chunk)
     if digest.hexdigest() != sha256:
-        raise bad(path, f"tensor {short(name)}", f"sha256 {short(sha256)[:17]}...", f"{digest.hexdigest()[:16]}...")
-    if dtype == torch.bool and raw.numel() and raw.max() > 1:  # torch leaves undefined what such a bool means
+        raise bad(
+            path, f"tensor {short(name)}", f"sha256 {short(sha256)[:17]}...", f"{digest.hexdigest()[:16]}..."
+        )
+    # torch leaves undefined what such a bool means
+    if dtype == torch.bool and raw.numel() and raw.max() > 1:
         raise bad(path, f"tensor {short(name)}", "bytes 0 and 1 for BOOL", str(raw.max().item()))
     return raw.view(dtype).reshape(shape)
 

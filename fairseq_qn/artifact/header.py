@@ -1,4 +1,5 @@
-"""The header of the small file, as bytes: what `container` writes before the tensors, and checks before it reads them.
+"""The header of the small file, as bytes: what `container` writes before the tensors, and checks before it
+reads them.
 
     bytes 0 .. 8        N, the length of the rest, as a little-endian uint64
     bytes 8 .. 8 + N    canonical JSON, filled up with spaces to a multiple of 8
@@ -6,17 +7,20 @@
                                           "manifest": "...", "version": "2"},
                          "name": {"data_offsets": [begin, end], "dtype": "F16", "shape": [...]}, ...}
 
-`manifest` is JSON text, deflated (zlib) and written in base 85; `digests` is the sha256 of each tensor, 32 bytes each, by
-name, in base 85, which needs no escapes in JSON. In version 1 the manifest was plain text with a table of dtypes, shapes and
-digests in hex: three quarters of the header, 60 of 99 kB for a RoBERTa-base, where 12 are enough. It is still read.
+`manifest` is JSON text, deflated (zlib) and written in base 85; `digests` is the sha256 of each tensor, 32
+bytes each, by name, in base 85, which needs no escapes in JSON. In version 1 the manifest was plain text
+with a table of dtypes, shapes and digests in hex: three quarters of the header, 60 of 99 kB for a
+RoBERTa-base, where 12 are enough. It is still read.
 
-`header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. So each byte of the file is
-under one digest. Digests show damage, not malice: each claim of a header is also checked against the size of the file, a
-manifest stops inflating at MAX_MANIFEST_BYTES, and MAX_TENSORS and the bounds of strict_json say what Python may be made to
-do, so that no claim alone can make a reader take memory or time: a header is read in a second and 100 MB, whatever it says.
+`header_sha256` is the sha256 of bytes 0 .. 8 + N with its own 64 digits written as zeros. So each byte of
+the file is under one digest. Digests show damage, not malice: each claim of a header is also checked against
+the size of the file, a manifest stops inflating at MAX_MANIFEST_BYTES, and MAX_TENSORS and the bounds of
+strict_json say what Python may be made to do, so that no claim alone can make a reader take memory or time:
+a header is read in a second and 100 MB, whatever it says.
 
-The header is laid out here, and not by the safetensors library, because the library (0.8.0) writes metadata in random
-order and cannot say beforehand how large a file will be. The library reads these files, and a test compares.
+The header is laid out here, and not by the safetensors library, because the library (0.8.0) writes metadata
+in random order and cannot say beforehand how large a file will be. The library reads these files, and a test
+compares.
 """
 
 from __future__ import annotations
@@ -86,17 +90,22 @@ def record_bytes(record: Mapping[str, Any]) -> int:
 
 
 def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The specs in file order: by falling item size, so that each tensor is aligned to its items, then by name.
+    """The specs in file order: by falling item size, so that each tensor is aligned to its items, then by
+    name.
 
     Raises: EncodeError for a name, dtype or shape that the file cannot hold.
     """
     if len(specs) > MAX_TENSORS:
-        raise EncodeError(f"expected at most {MAX_TENSORS} tensors, found {len(specs)}; the file holds no more")
+        raise EncodeError(
+            f"expected at most {MAX_TENSORS} tensors, found {len(specs)}; the file holds no more"
+        )
     for name, (dtype, shape) in specs.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise EncodeError(f"tensor {name!r}: expected a name other than '__metadata__'; rename it")
         if dtype not in _NAMES:
-            raise EncodeError(f"tensor {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}; convert it first")
+            raise EncodeError(
+                f"tensor {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}; convert it first"
+            )
         if not is_shape(list(shape)):
             raise EncodeError(
                 f"tensor {name!r}: expected up to {MAX_RANK} sizes >= 0, found {short(shape)}; reshape it"
@@ -108,7 +117,8 @@ def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
 def encode(specs: Mapping[str, Spec], manifest: Mapping[str, Any], digests: Mapping[str, bytes]) -> bytes:
     """Bytes 0 .. 8 + N for tensors that follow in the order of `specs`.
 
-    `digests` are the sha256 of the tensors by name; an absent one is written as zeros, so they never change the length.
+    `digests` are the sha256 of the tensors by name; an absent one is written as zeros, so they never change
+    the length.
 
     Raises: EncodeError for a manifest that is not plain JSON data, or is too large.
     """
@@ -131,13 +141,16 @@ def encode(specs: Mapping[str, Spec], manifest: Mapping[str, Any], digests: Mapp
     body += b" " * (-len(body) % 8)
     for size, limit in ((len(text), MAX_MANIFEST_BYTES), (len(body), MAX_HEADER_BYTES)):
         if size > limit:
-            raise EncodeError(f"manifest: expected at most {limit} bytes, found {size}; store large data as tensors")
+            raise EncodeError(
+                f"manifest: expected at most {limit} bytes, found {size}; store large data as tensors"
+            )
     raw = len(body).to_bytes(8, "little") + body
     return _DIGEST.sub(hashlib.sha256(raw).hexdigest().encode(), raw)
 
 
 def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Spec]]:
-    """Manifest and specs in file order, checked against one another and the file's size; leaves `file` at the data.
+    """Manifest and specs in file order, checked against one another and the file's size; leaves `file` at
+    the data.
 
     To the manifest comes `tensors`: {name: {dtype, shape, sha256}}, as version 1 had it in the file.
     Raises: FormatError.
@@ -158,7 +171,11 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
             raise ValueError(f"metadata {short(sorted(meta))}")
         text = meta["manifest"] if version == "1" else _inflated(b85decode(meta["manifest"])).decode()
         manifest = {**strict_json.loads(text)}
-        table = dict(manifest["tensors"].items()) if version == "1" else _table(specs, b85decode(meta["digests"]))
+        table = (
+            dict(manifest["tensors"].items())
+            if version == "1"
+            else _table(specs, b85decode(meta["digests"]))
+        )
         if version != "1" and "tensors" in manifest:
             raise ValueError("a table of tensors within the manifest")
     _check_table(table, specs, path)
@@ -166,13 +183,17 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
 
 
 def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") -> FormatError:
-    """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file again."""
+    """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file
+    again.
+    """
     todo = todo or "damaged, or not of fairseq_qn: fetch or save it again"
     return FormatError(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}")
 
 
 def short(value: Any) -> str:
-    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size and depth."""
+    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size and
+    depth.
+    """
     text = _REPR.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -197,7 +218,9 @@ def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:
 
 
 def _check_entries(header: dict[str, Any], path: PathLike, data_bytes: int) -> dict[str, Spec]:
-    """Specs in file order, from entries that cover the `data_bytes` after the header with no gap or overlap."""
+    """Specs in file order, from entries that cover the `data_bytes` after the header with no gap or
+    overlap.
+    """
     spans = []
     if len(header) > MAX_TENSORS:
         raise bad(path, "tensors", f"at most {MAX_TENSORS}", str(len(header)))
@@ -209,7 +232,9 @@ def _check_entries(header: dict[str, Any], path: PathLike, data_bytes: int) -> d
     for offsets, name, spec in sorted(spans, key=lambda span: span[:2]):
         expected = [end, end := end + nbytes(spec)]
         if offsets != expected:
-            raise bad(path, f"tensor {short(name)}", f"bytes {expected} for {short(_record(spec))}", short(offsets))
+            raise bad(
+                path, f"tensor {short(name)}", f"bytes {expected} for {short(_record(spec))}", short(offsets)
+            )
         specs[name] = spec
     if end != data_bytes:
         raise bad(path, "tensor data", f"{end} bytes", f"{data_bytes}: the file is cut short or has a tail")
@@ -233,7 +258,10 @@ def _table(specs: Mapping[str, Spec], digests: bytes) -> dict[str, Any]:
     if len(digests) != _DIGEST_BYTES * len(specs):
         raise ValueError(f"{len(digests)} bytes of digests for {len(specs)} tensors")
     hexes = (digests[i : i + _DIGEST_BYTES].hex() for i in range(0, len(digests), _DIGEST_BYTES))
-    return {name: {**_record(specs[name]), "sha256": sha256} for name, sha256 in zip(sorted(specs), hexes, strict=True)}
+    return {
+        name: {**_record(specs[name]), "sha256": sha256}
+        for name, sha256 in zip(sorted(specs), hexes, strict=True)
+    }
 
 
 @contextmanager
@@ -249,10 +277,18 @@ def _check_table(table: dict[str, Any], specs: Mapping[str, Spec], path: PathLik
     """The manifest's table and the tensors that are there say the same."""
     if missing := sorted(table.keys() - specs.keys()):
         raise bad(
-            path, "tensors", f"the {len(table)} of the manifest", f"{len(missing)} missing, first {short(missing[0])}"
+            path,
+            "tensors",
+            f"the {len(table)} of the manifest",
+            f"{len(missing)} missing, first {short(missing[0])}",
         )
     if extra := sorted(specs.keys() - table.keys()):
-        raise bad(path, "tensors", f"the {len(table)} of the manifest", f"{len(extra)} extra, first {short(extra[0])}")
+        raise bad(
+            path,
+            "tensors",
+            f"the {len(table)} of the manifest",
+            f"{len(extra)} extra, first {short(extra[0])}",
+        )
     for name, spec in specs.items():
         record = table[name]
         if not isinstance(record, dict) or record != {**_record(spec), "sha256": record.get("sha256")}:
@@ -273,7 +309,9 @@ def _is_entry(entry: Any) -> bool:
 
 def is_shape(shape: Any) -> bool:
     """Sizes whose product, without the zeros, torch can count in bytes with int64."""
-    return _are_sizes(shape) and len(shape) <= MAX_RANK and math.prod(size for size in shape if size) < 1 << 60
+    return (
+        _are_sizes(shape) and len(shape) <= MAX_RANK and math.prod(size for size in shape if size) < 1 << 60
+    )
 
 
 def _are_sizes(sizes: Any) -> bool:
@@ -287,7 +325,9 @@ def _plain(manifest: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise EncodeError(f"manifest: expected plain JSON data, without NaN or infinity; {error}") from None
     if type(copy) is not dict or "tensors" in copy:
-        raise EncodeError("manifest: expected a dict that has no key 'tensors', which this format adds; rename the key")
+        raise EncodeError(
+            "manifest: expected a dict that has no key 'tensors', which this format adds; rename the key"
+        )
     if copy != manifest:
         raise EncodeError("manifest: expected text as keys and lists, not tuples; convert them first")
     return copy

@@ -8,8 +8,10 @@ layers      name -> codec entry of each quantised weight
 exponents   name -> exponent of those dense tensors that have one
 ties        [[name, other owner, ...], ...]; the weight is stored under the first
 dropped     modules that were left out
-modules     kind -> names of the modules of that kind, where the model is not rebuilt from `source`; files of before have none
-assets      name -> {bytes, codec}: files that travel inside, each a uint8 tensor `asset:<name>`, compressed by zlib or bz2,
+modules     kind -> names of the modules of that kind,
+where the model is not rebuilt from `source`; files of before have none
+assets      name -> {bytes, codec}: files that travel inside, each a uint8 tensor `asset:<name>`,
+compressed by zlib or bz2,
             whichever is smaller (bz2 for a list of numbers such as RoBERTa's dictionary: 113 kB, not 136)
 source      how to rebuild the model ({"builder": ...}), or null
 """
@@ -35,10 +37,12 @@ VERSION = header.VERSION
 ASSET = "asset:"
 # Guards against a few bytes that become gigabytes: at most BASE + TIMES * what is stored.
 ASSETS_BASE, ASSETS_TIMES = 1 << 25, 8  # bytes of all files that travel inside, unpacked
-DECODED_BASE, DECODED_TIMES = 1 << 28, 128  # bytes of all weights, decoded to fp32; blocks of 16 by 256 are 64 times theirs
+# bytes of all weights, decoded to fp32; blocks of 16 by 256 are 64 times theirs
+DECODED_BASE, DECODED_TIMES = 1 << 28, 128
 
 _FIELDS = {
-    "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict, "ties": list,
+    "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict,
+    "ties": list,
     "dropped": list, "assets": dict, "source": (dict, type(None)), "tensors": dict,
 }  # fmt: skip
 
@@ -57,14 +61,21 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
                 f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again"
             )
     if manifest["parts"] not in codec.FLOATS:
-        raise FormatError(f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {short(manifest['parts'])}")
+        raise FormatError(
+            f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {short(manifest['parts'])}"
+        )
     kinds = manifest.get("modules", {})
     names = [name for of_kind in kinds.values() for name in of_kind] if _are_lists(kinds) else [None]
     if not all(isinstance(name, str) for name in names):
-        raise FormatError(f"{path}: modules: expected names by kind, found {short(kinds)}; the file is damaged, fetch it again")
+        raise FormatError(
+            f"{path}: modules: expected names by kind, found {short(kinds)}; the file is damaged, fetch it "
+            "again"
+        )
     for name, exponent in manifest["exponents"].items():
         if type(exponent) is not int or abs(exponent) > 1000:
-            raise FormatError(f"{path}: {name}: exponent: expected a small whole number, found {short(exponent)}")
+            raise FormatError(
+                f"{path}: {name}: exponent: expected a small whole number, found {short(exponent)}"
+            )
     for name, entry in manifest["layers"].items():
         if problem := _problem(name, entry, manifest):
             raise FormatError(f"{path}: layer {name!r}: {problem}; the file is damaged, fetch it again")
@@ -75,7 +86,9 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
 
 
 def layers_excess(manifest: Mapping[str, Any], stored: int) -> str | None:
-    """What is wrong if the layers decode to more memory than a file with `stored` bytes of tensors may ask for, or None."""
+    """What is wrong if the layers decode to more memory than a file with `stored` bytes of tensors may ask
+    for, or None.
+    """
     decoded = sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
     return _excess("layers in fp32", decoded, DECODED_BASE + DECODED_TIMES * stored, stored)
 
@@ -102,15 +115,25 @@ def pack_asset(data: bytes) -> tuple[dict[str, Any], Tensor]:
 class Assets(Mapping[str, bytes]):
     """The files that travel inside, by name, each unpacked when it is asked for.
 
-    Raises FormatError for one that is not what its entry says, and at once for more than a file of this size may unpack to.
+    Raises FormatError for one that is not what its entry says, and at once for more than a file of this size
+    may unpack to.
     """
 
     def __init__(self, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> None:
         self._entries, self._tensors, self._path = manifest["assets"], tensors, path
         for name, entry in self._entries.items():
-            size, codec_name = (entry.get("bytes"), entry.get("codec", "zlib")) if isinstance(entry, dict) else (None, None)
-            if type(size) is not int or size < 0 or ASSET + name not in tensors or tensors[ASSET + name].dtype != torch.uint8:
-                raise self._bad(name, "no such tensor, or no sensible size; the file is damaged, fetch it again")
+            size, codec_name = (
+                (entry.get("bytes"), entry.get("codec", "zlib")) if isinstance(entry, dict) else (None, None)
+            )
+            if (
+                type(size) is not int
+                or size < 0
+                or ASSET + name not in tensors
+                or tensors[ASSET + name].dtype != torch.uint8
+            ):
+                raise self._bad(
+                    name, "no such tensor, or no sensible size; the file is damaged, fetch it again"
+                )
             if codec_name not in ("zlib", "bz2"):
                 raise self._bad(name, f"codec: expected zlib or bz2, found {short(codec_name)}")
         if problem := assets_excess(manifest, tensors):
@@ -122,10 +145,14 @@ class Assets(Mapping[str, bytes]):
         try:
             data = unpacker.decompress(self._tensors[ASSET + name].numpy().tobytes(), size + 1)
         except (zlib.error, OSError) as error:
-            raise self._bad(name, f"cannot be unpacked: {error}; the file is damaged, fetch it again") from None
+            raise self._bad(
+                name, f"cannot be unpacked: {error}; the file is damaged, fetch it again"
+            ) from None
         if len(data) != size:
             more = "+" if len(data) > size else ""
-            raise self._bad(name, f"expected {size} bytes, found {len(data)}{more}; the file is damaged, fetch it again")
+            raise self._bad(
+                name, f"expected {size} bytes, found {len(data)}{more}; the file is damaged, fetch it again"
+            )
         return data
 
     def __contains__(self, name: object) -> bool:
@@ -144,7 +171,9 @@ class Assets(Mapping[str, bytes]):
 def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that are stored as they are."""
     parts = {
-        f"{name}/{part}" for name, entry in manifest["layers"].items() for part in codec.layout(entry, torch.float32)
+        f"{name}/{part}"
+        for name, entry in manifest["layers"].items()
+        for part in codec.layout(entry, torch.float32)
     }
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
@@ -154,13 +183,20 @@ def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(entry, dict) or not _is_shape(entry.get("shape")):
         return "expected a shape of two or more sizes"
     if entry.get("scheme") == "product":
-        bounds = {"block_size": (1, MAX_BLOCK_SIZE), "n_centroids": (1, MAX_CENTROIDS), "exponent": (-1000, 1000)}
+        bounds = {
+            "block_size": (1, MAX_BLOCK_SIZE),
+            "n_centroids": (1, MAX_CENTROIDS),
+            "exponent": (-1000, 1000),
+        }
         padding = entry.get("padding_idx", -1)
         legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
         if "pad" in entry:
             bounds["pad"], legal = bounds["exponent"], legal and padding is not None
     elif entry.get("scheme") == "integer":
-        bounds, legal = {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)}, entry.get("granularity") in GRANULARITIES
+        bounds, legal = (
+            {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)},
+            entry.get("granularity") in GRANULARITIES,
+        )
     else:
         return f"unknown scheme {short(entry.get('scheme'))}"
     if not legal or any(
@@ -187,19 +223,23 @@ def _check_names(manifest: Mapping[str, Any], path: str) -> None:
     dropped, seen = manifest["dropped"], set()
     if not all(isinstance(name, str) and name for name in dropped) or len({*dropped}) < len(dropped):
         raise FormatError(
-            f"{path}: dropped: expected names of modules, each once, found {short(dropped)}; the file is damaged"
+            f"{path}: dropped: expected names of modules, each once, found {short(dropped)}; the file is "
+            "damaged"
         )
     for names in manifest["ties"]:
         named = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
         once = named and len({*names}) == len(names) and seen.isdisjoint(names)
         if not once or names[0] not in stored or not stored.isdisjoint(names[1:]):
             raise FormatError(
-                f"{path}: ties: expected names of one weight, stored under the first, each once, found {short(names)}; "
+                f"{path}: ties: expected names of one weight, stored under the first, each once, found "
+                f"{short(names)}; "
                 "the file is damaged, fetch it again"
             )
         seen.update(names)
     if twice := manifest["layers"].keys() & manifest["tensors"].keys():
-        raise FormatError(f"{path}: {short(min(twice))}: stored dense and quantised; the file is damaged, fetch it again")
+        raise FormatError(
+            f"{path}: {short(min(twice))}: stored dense and quantised; the file is damaged, fetch it again"
+        )
 
 
 def _is_shape(shape: Any) -> bool:

@@ -1,7 +1,8 @@
 """Files written beside their name and moved over it: a kill leaves the old file or the new one.
 
-What a killed writer left behind, `.<digest of the name>.<random>.qn-tmp`, is removed by the next write to the same name. A live
-writer holds a lock on its own, so that several may write one name at a time, and the last to finish wins.
+What a killed writer left behind, `.<digest of the name>.<random>.qn-tmp`, is removed by the next write to
+the same name. A live writer holds a lock on its own, so that several may write one name at a time, and the
+last to finish wins.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _SUFFIX = ".qn-tmp"
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[BinaryIO]:
-    """A new file, moved over `path` when the block ends well and removed when it does not. A link then points to it.
+    """A new file, moved over `path` when the block ends well and removed when it does not. A link then
+    points to it.
 
     Raises: OSError that says what to do; nothing is left.
     """
@@ -38,7 +40,8 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
         with file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # before the move: the name must never stand for bytes that a crash can still lose
+            # before the move: the name must never stand for bytes that a crash can still lose
+            os.fsync(file.fileno())
             os.replace(temporary, target)  # while locked: nobody else may take it for a leftover
     except BaseException as error:
         if temporary is not None:
@@ -46,7 +49,9 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
                 temporary.unlink()
         if isinstance(error, OSError):
             todo = "choose a file in a directory that exists, has room, and that you may write to"
-            raise OSError(error.errno, f"cannot write {target}: {error.strerror or error}; {todo}") from error
+            raise OSError(
+                error.errno, f"cannot write {target}: {error.strerror or error}; {todo}"
+            ) from error
         raise
     _sync_directory(target.parent)
 
@@ -54,12 +59,21 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
 def refuse_same(output: PathLike, *inputs: PathLike | None) -> None:
     """Raise UnsupportedError if `output` is one of the files that it is made from, by whichever path."""
     for source in inputs:
-        if source is not None and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
-            raise UnsupportedError(f"{output}: is the input {source} itself, which would be lost; write to another file")
+        if (
+            source is not None
+            and os.path.exists(output)
+            and os.path.exists(source)
+            and os.path.samefile(output, source)
+        ):
+            raise UnsupportedError(
+                f"{output}: is the input {source} itself, which would be lost; write to another file"
+            )
 
 
 def _stem(target: Path) -> str:
-    """What the temporary files of a name begin with: of a fixed length, since the name may be as long as names can be."""
+    """What the temporary files of a name begin with: of a fixed length, since the name may be as long as
+    names can be.
+    """
     return f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}."
 
 
@@ -79,7 +93,11 @@ def _sweep(target: Path) -> None:
     """Remove the temporary files of this name that no live process writes to."""
     with contextlib.suppress(OSError):  # the directory may be written but not listed, or is not there
         for entry in os.scandir(target.parent):
-            if entry.name.startswith(_stem(target)) and entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False):
+            if (
+                entry.name.startswith(_stem(target))
+                and entry.name.endswith(_SUFFIX)
+                and entry.is_file(follow_symlinks=False)
+            ):
                 with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its writer lives
                     os.unlink(entry.path)

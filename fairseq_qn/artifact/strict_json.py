@@ -10,12 +10,15 @@ MAX_DEPTH = 64  # of lists in lists
 
 
 def dumps(data: Any) -> str:
-    """Canonical text: keys sorted, no spaces. Raises: ValueError, TypeError, RecursionError for what is not plain data."""
+    """Canonical text: keys sorted, no spaces. Raises: ValueError, TypeError, RecursionError for what is not
+    plain data.
+    """
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def loads(text: str) -> Any:
-    """JSON without what Python adds to it (NaN, Infinity), without keys that occur twice, and within the bounds above.
+    """JSON without what Python adds to it (NaN, Infinity), without keys that occur twice, and within the
+    bounds above.
 
     Raises: ValueError, RecursionError.
     """
@@ -24,7 +27,9 @@ def loads(text: str) -> Any:
     data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     level = [data]
     for _ in range(MAX_DEPTH + 1):
-        lists = [item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)]
+        lists = [
+            item.values() if type(item) is dict else item for item in level if type(item) in (dict, list)
+        ]
         level = [item for items in lists for item in items]
     if lists:
         raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep")

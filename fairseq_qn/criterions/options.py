@@ -1,7 +1,7 @@
 """The options of whichever criterion is wrapped, as fields of one dataclass.
 
-fairseq adds only the chosen criterion's options to its parser, and tasks interpolate theirs from `criterion.*`; so the
-wrapper's dataclass carries the fields of every criterion that fairseq has registered.
+fairseq adds only the chosen criterion's options to its parser, and tasks interpolate theirs from
+`criterion.*`; so the wrapper's dataclass carries the fields of every criterion that fairseq has registered.
 """
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
@@ -15,7 +15,9 @@ _GROUPS = ("${common.", "${optimization.", "${distributed_training.")
 
 
 def with_wrapped_options(config: type[FairseqDataclass]) -> type[FairseqDataclass]:
-    """`config` with the fields of all registered criterions that have a default; where two differ, the first by name."""
+    """`config` with the fields of all registered criterions that have a default; where two differ, the first
+    by name.
+    """
     found: dict[str, tuple[type, Field]] = {}
     for name in sorted(CRITERION_DATACLASS_REGISTRY):
         for f in fields(CRITERION_DATACLASS_REGISTRY[name]):
@@ -28,11 +30,16 @@ def with_wrapped_options(config: type[FairseqDataclass]) -> type[FairseqDataclas
         if name not in own
     ]
     return make_dataclass(
-        config.__name__, extra, bases=(config,), namespace={"__doc__": config.__doc__, "__module__": config.__module__}
+        config.__name__,
+        extra,
+        bases=(config,),
+        namespace={"__doc__": config.__doc__, "__module__": config.__module__},
     )
 
 
-def options_of(dataclass: type[FairseqDataclass], config: Any, union: type[FairseqDataclass]) -> FairseqDataclass:
+def options_of(
+    dataclass: type[FairseqDataclass], config: Any, union: type[FairseqDataclass]
+) -> FairseqDataclass:
     """The wrapped criterion's own options: what the user set; its own default for what was left as it is."""
     defaults = {f.name: f.default for f in fields(union)}
     result = dataclass()
@@ -47,4 +54,6 @@ def options_of(dataclass: type[FairseqDataclass], config: Any, union: type[Fairs
 def _usable(f: Field) -> bool:
     if f.name.startswith("_") or f.default is MISSING:
         return False
-    return not (isinstance(f.default, str) and f.default.startswith("${") and not f.default.startswith(_GROUPS))
+    return not (
+        isinstance(f.default, str) and f.default.startswith("${") and not f.default.startswith(_GROUPS)
+    )

@@ -1,4 +1,6 @@
-"""quantization_aware: any registered criterion, with distillation from a teacher and the figures of quantisation logged."""
+"""quantization_aware: any registered criterion, with distillation from a teacher and the figures of
+quantisation logged.
+"""
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
 from collections.abc import Sequence
@@ -6,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY, FairseqCriterion, register_criterion
+from fairseq.criterions import (
+    CRITERION_DATACLASS_REGISTRY,
+    CRITERION_REGISTRY,
+    FairseqCriterion,
+    register_criterion,
+)
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor, nn
@@ -27,9 +34,12 @@ class QuantizationAwareConfig(FairseqDataclass):
         default=None,
         metadata={"help": "checkpoint or small file of a teacher to distil from; neither trained nor saved"},
     )
-    distill_weight: float = field(default=0.5, metadata={"help": "loss = (1 - weight) * task + weight * distillation"})
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "loss = (1 - weight) * task + weight * distillation"}
+    )
     distill_temperature: float = field(
-        default=1.0, metadata={"help": "softmax temperature of the distillation; a head of one output has none"}
+        default=1.0,
+        metadata={"help": "softmax temperature of the distillation; a head of one output has none"},
     )
 
 
@@ -37,7 +47,8 @@ QuantizationAwareConfig = with_wrapped_options(QuantizationAwareConfig)
 
 
 class _Recorder:
-    """Stands in for the model in the wrapped criterion. At each call that trains, the teacher is asked the same at once.
+    """Stands in for the model in the wrapped criterion. At each call that trains, the teacher is asked the
+    same at once.
 
     answers: (student's logits, teacher's logits) of each of these calls.
     """
@@ -60,10 +71,11 @@ class _Recorder:
 
 @register_criterion("quantization_aware", dataclass=QuantizationAwareConfig)
 class QuantizationAwareCriterion(FairseqCriterion):
-    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as `wrapped` sums (Hinton et al. 2015).
+    """loss = (1 - w) * wrapped + w * T^2 * KL(teacher_T || student_T), summed as `wrapped` sums (Hinton et
+    al. 2015).
 
-    A head of one output, whose softmax is 1 whatever it says: w * (teacher - student)^2. Where `wrapped` calls its model
-    several times, the distillation of all calls is summed.
+    A head of one output, whose softmax is 1 whatever it says: w * (teacher - student)^2. Where `wrapped`
+    calls its model several times, the distillation of all calls is summed.
     """
 
     wrapped_class: type[FairseqCriterion] = FairseqCriterion
@@ -115,7 +127,8 @@ class QuantizationAwareCriterion(FairseqCriterion):
     def _distil(self, answers: Sequence[tuple[Tensor, Tensor]], sample: dict[str, Any]) -> Tensor:
         if not answers:
             raise UnsupportedError(
-                f"quantization_aware: {self.wrapped_class.__name__} never called its model in training, so there is nothing "
+                f"quantization_aware: {self.wrapped_class.__name__} never called its model in training, so "
+                "there is nothing "
                 "to distil; drop --teacher-checkpoint"
             )
         total = answers[0][0].new_zeros((), dtype=torch.float32)
@@ -129,12 +142,19 @@ class QuantizationAwareCriterion(FairseqCriterion):
         return total
 
     def _padding(self, sample: dict[str, Any], logits: Tensor) -> Tensor | None:
-        """Which positions of [batch, length, classes] logits are padding; None where the logits are of another kind."""
+        """Which positions of [batch, length, classes] logits are padding; None where the logits are of
+        another kind.
+        """
         target = sample.get("target")
         if not isinstance(target, Tensor) or target.dim() != 2 or logits.dim() != 3 or not target.numel():
             return None
-        times, rest = divmod(len(logits), len(target))  # R-drop asks for its batch twice, one after the other
-        return None if rest or logits.shape[1] != target.shape[1] else target.eq(self.padding_idx).repeat(times, 1)
+        # R-drop asks for its batch twice, one after the other
+        times, rest = divmod(len(logits), len(target))
+        return (
+            None
+            if rest or logits.shape[1] != target.shape[1]
+            else target.eq(self.padding_idx).repeat(times, 1)
+        )
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[dict[str, Any]]) -> None:
@@ -142,9 +162,12 @@ class QuantizationAwareCriterion(FairseqCriterion):
         cls.wrapped_class.reduce_metrics(logging_outputs)
         n = sum(log.get("qn_n", 0) for log in logging_outputs)
         for key in sorted(
-            {key for log in logging_outputs for key in log if key.startswith("qn_")} - {"qn_n", "qn_distill_loss"}
+            {key for log in logging_outputs for key in log if key.startswith("qn_")}
+            - {"qn_n", "qn_distill_loss"}
         ):
-            metrics.log_scalar(key, sum(float(log.get(key, 0)) for log in logging_outputs) / n, weight=0, round=4)
+            metrics.log_scalar(
+                key, sum(float(log.get(key, 0)) for log in logging_outputs) / n, weight=0, round=4
+            )
         size = sum(float(log.get("sample_size", 0)) for log in logging_outputs)
         if size and any("qn_distill_loss" in log for log in logging_outputs):
             total = sum(float(log.get("qn_distill_loss", 0)) for log in logging_outputs)
@@ -156,10 +179,14 @@ class QuantizationAwareCriterion(FairseqCriterion):
         return cls.wrapped_class.logging_outputs_can_be_summed()
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float, padding: Tensor | None = None) -> Tensor:
-    """T^2 * sum over rows, padding aside, of KL(softmax(teacher / T) || softmax(student / T)); logits [..., classes], nats.
+def divergence(
+    student: Tensor, teacher: Tensor, temperature: float, padding: Tensor | None = None
+) -> Tensor:
+    """T^2 * sum over rows, padding aside, of KL(softmax(teacher / T) || softmax(student / T)); logits [...,
+    classes], nats.
 
-    One class is a value, and so is each entry of logits [rows]: the sum of squared errors, at whatever temperature.
+    One class is a value, and so is each entry of logits [rows]: the sum of squared errors, at whatever
+    temperature.
     """
     student, teacher = student.float(), teacher.float()
     if student.dim() < 2 or student.shape[-1] == 1:
@@ -180,7 +207,8 @@ def _logits(output: Any, model: nn.Module, asked: dict[str, Any]) -> Tensor:
     if features or not isinstance(found, Tensor) or not found.is_floating_point():
         kind = "features" if features else type(found).__name__
         raise UnsupportedError(
-            f"quantization_aware: distillation needs logits from each call of {type(model).__name__}, found {kind}; "
+            f"quantization_aware: distillation needs logits from each call of {type(model).__name__}, found "
+            f"{kind}; "
             "drop --teacher-checkpoint, or wrap a criterion that asks for logits alone"
         )
     return found

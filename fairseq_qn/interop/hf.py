@@ -1,6 +1,8 @@
-"""A Hugging Face BERT or RoBERTa folder -> a fairseq `roberta` checkpoint, its dictionary and its vocabulary files.
+"""A Hugging Face BERT or RoBERTa folder -> a fairseq `roberta` checkpoint, its dictionary and its vocabulary
+files.
 
-fairseq is not imported: its checkpoint is a dictionary of plain containers, one argparse.Namespace, and tensors.
+fairseq is not imported: its checkpoint is a dictionary of plain containers, one argparse.Namespace, and
+tensors.
 """
 
 from __future__ import annotations
@@ -22,15 +24,21 @@ Tensors = dict[str, torch.Tensor]
 Take = Callable[[str, str], torch.Tensor]  # (Hugging Face name, letters of its shape) -> the tensor, checked
 
 # Hugging Face's names of the activations that fairseq computes in the same way
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "relu": "relu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_accurate",
+    "gelu_pytorch_tanh": "gelu_accurate",
+    "relu": "relu",
+}
 
 
 @dataclass(frozen=True)
 class ImportReport:
     """What `import_hf` wrote. `train_options` are the fairseq-train options that rebuild this architecture.
 
-    lm_head: "mapped", or "identity" where the folder has none; unused: tensors without a place in fairseq's RoBERTa;
-    dropped: vocabulary entries that no tokeniser can emit; lower_case: as tokenizer_config.json says, or None.
+    lm_head: "mapped", or "identity" where the folder has none; unused: tensors without a place in fairseq's
+    RoBERTa; dropped: vocabulary entries that no tokeniser can emit; lower_case: as tokenizer_config.json
+    says, or None.
     """
 
     model_type: str
@@ -46,11 +54,17 @@ class ImportReport:
     train_options: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = "mapped" if self.lm_head == "mapped" else "absent from the folder; written as identity, to be trained"
+        head = (
+            "mapped"
+            if self.lm_head == "mapped"
+            else "absent from the folder; written as identity, to be trained"
+        )
         lines = [
-            f"{self.model_type} -> {self.checkpoint}: {self.n_parameters:,} parameters, {self.n_symbols:,} symbols",
+            f"{self.model_type} -> {self.checkpoint}: {self.n_parameters:,} parameters, {self.n_symbols:,} "
+            "symbols",
             f"beside it: {', '.join(f.name for f in self.files)}",
-            f"LayerNorm eps {self.layer_norm_eps:g} (qn_roberta keeps it or takes --layer-norm-eps; stock roberta has 1e-05)",
+            f"LayerNorm eps {self.layer_norm_eps:g} (qn_roberta keeps it or takes --layer-norm-eps; stock "
+            "roberta has 1e-05)",
             f"masked-LM head: {head}",
             f"tensors without a place: {', '.join(self.unused) or 'none'}",
             f"vocabulary entries dropped: {len(self.dropped)}",
@@ -60,13 +74,16 @@ class ImportReport:
 
 
 def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
-    """Turn the Hugging Face `folder` into the fairseq checkpoint `output`; dict.txt and vocabulary files go beside it.
+    """Turn the Hugging Face `folder` into the fairseq checkpoint `output`; dict.txt and vocabulary files go
+    beside it.
 
-    Post-norm BERT is fairseq's RoBERTa with token type 0 folded into the positions. Embedding rows are permuted to
-    fairseq's dictionary; the padding row, which no output depends on, becomes zero as fairseq has it.
+    Post-norm BERT is fairseq's RoBERTa with token type 0 folded into the positions. Embedding rows are
+    permuted to fairseq's dictionary; the padding row, which no output depends on, becomes zero as fairseq
+    has it.
 
-    Raises: FormatError (a file is missing or damaged), UnsupportedError (another kind of model, or `output` is one of the
-        folder's files), MismatchError (a tensor is missing, unknown, or of another shape than config.json says).
+    Raises: FormatError (a file is missing or damaged), UnsupportedError (another kind of model, or `output`
+        is one of the folder's files), MismatchError (a tensor is missing, unknown, or of another shape than
+        config.json says).
     """
     folder, output = Path(folder), Path(output)
     refuse_same(output, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.safetensors"))
@@ -82,7 +99,9 @@ def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
         model_type=config["model_type"],
         checkpoint=output,
         files=files,
-        n_parameters=sum({t.data_ptr(): t.numel() for k, t in state.items() if not k.endswith("version")}.values()),
+        n_parameters=sum(
+            {t.data_ptr(): t.numel() for k, t in state.items() if not k.endswith("version")}.values()
+        ),
         n_symbols=len(vocabulary.rows),
         layer_norm_eps=args.layer_norm_eps,
         lm_head=lm_head,
@@ -107,7 +126,8 @@ def _check_config(config: dict, where: Path) -> None:
     for name, allowed in expected.items():
         if config.get(name) not in allowed:
             raise UnsupportedError(
-                f"{where}: expected {name} to be {' or '.join(map(str, allowed))}, found {config.get(name)}; "
+                f"{where}: expected {name} to be {' or '.join(map(str, allowed))}, found "
+                f"{config.get(name)}; "
                 "only encoders that fairseq's roberta can express are imported"
             )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
@@ -117,7 +137,8 @@ def _check_config(config: dict, where: Path) -> None:
             raise FormatError(f"{where}: expected a positive integer {name}, found {config.get(name)}")
     if config["hidden_size"] % config["num_attention_heads"]:
         raise FormatError(
-            f"{where}: expected hidden_size {config['hidden_size']} to be a multiple of num_attention_heads, "
+            f"{where}: expected hidden_size {config['hidden_size']} to be a multiple of "
+            "num_attention_heads, "
             f"found {config['num_attention_heads']}"
         )
 
@@ -127,10 +148,13 @@ def _read_tensors(folder: Path) -> Tensors:
     if not path.is_file():
         if (folder / "pytorch_model.bin").is_file():
             raise UnsupportedError(
-                f"{folder}: expected model.safetensors, found pytorch_model.bin, a pickle, which can run code; "
+                f"{folder}: expected model.safetensors, found pytorch_model.bin, a pickle, which can run "
+                "code; "
                 "convert it where you trust it: transformers' save_pretrained writes safetensors"
             )
-        raise FormatError(f"{path}: expected one file of weights, found none (sharded folders: save them as one file)")
+        raise FormatError(
+            f"{path}: expected one file of weights, found none (sharded folders: save them as one file)"
+        )
     try:
         with safe_open(path, framework="pt") as f:
             tensors = {_plain_name(name): f.get_tensor(name) for name in f.keys()}
@@ -159,11 +183,16 @@ def _convert(
 
     def take(name: str, shape: str) -> torch.Tensor:
         if name not in left:
-            raise MismatchError(f"{folder}: expected the tensor {name}, found none; config.json is of another model")
+            raise MismatchError(
+                f"{folder}: expected the tensor {name}, found none; config.json is of another model"
+            )
         found = list(left[name].shape)
-        expected = [sizes.setdefault(c, found[0] if found else 0) for c in shape]  # `c` is in no config: the first seen
+        # `c` is in no config: the first seen
+        expected = [sizes.setdefault(c, found[0] if found else 0) for c in shape]
         if found != expected:
-            raise MismatchError(f"{folder}: expected {name} to be of shape {expected} by config.json, found {found}")
+            raise MismatchError(
+                f"{folder}: expected {name} to be of shape {expected} by config.json, found {found}"
+            )
         return left.pop(name)
 
     body = keys.entries(keys.EMBEDDINGS) + keys.entries(keys.LAYER, config["num_hidden_layers"])
@@ -171,7 +200,8 @@ def _convert(
     state[keys.ENC + "version"] = torch.tensor([3.0])
     state[keys.ENC + "embed_tokens.weight"] = words = _permute(take(keys.WORDS, "vd"), vocabulary)
     words[PADDING_IDX] = 0
-    # a padding position of RoBERTa shifts real ones to pad + 1; BERT counts from 0. fairseq: from padding_idx + 1
+    # a padding position of RoBERTa shifts real ones to pad + 1; BERT counts from 0. fairseq: from
+    # padding_idx + 1
     first = vocabulary.pad + 1 if config["model_type"] == "roberta" else 0
     positions = (take(keys.POSITIONS, "pd") + take(keys.TYPES, "td")[0])[first:]
     unused_rows = positions.new_zeros(PADDING_IDX + 1, sizes["d"])
@@ -194,12 +224,16 @@ def _permute(table: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
 def _lm_head(
     state: Tensors, take: Take, left: Tensors, config: dict, vocabulary: Vocabulary, words: torch.Tensor
 ) -> tuple[str, bool]:
-    """Fill the masked-LM head of `state`; returns how, and whether its projection is untied from the embedding."""
+    """Fill the masked-LM head of `state`; returns how, and whether its projection is untied from the
+    embedding.
+    """
     kind, d = config["model_type"], config["hidden_size"]
     state[keys.LM + "weight"] = words  # the same tensor: torch.save stores it once
     if keys.LM_BIAS[kind] not in left:
         state.update({keys.LM + "dense.weight": torch.eye(d), keys.LM + "dense.bias": torch.zeros(d)})
-        state.update({keys.LM + "layer_norm.weight": torch.ones(d), keys.LM + "layer_norm.bias": torch.zeros(d)})
+        state.update(
+            {keys.LM + "layer_norm.weight": torch.ones(d), keys.LM + "layer_norm.bias": torch.zeros(d)}
+        )
         state[keys.LM + "bias"] = torch.zeros(len(words))
         return "identity", False
     state.update({e.target: take(e.source, e.shape) for e in keys.entries(keys.LM_HEAD[kind])})
@@ -242,8 +276,14 @@ def _namespace(config: dict, max_positions: int, untied: bool) -> Namespace:
 
 
 def _train_options(args: Namespace) -> tuple[str, ...]:
-    names = ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "activation_fn",
-             "max_positions")  # fmt: skip
+    names = (
+        "encoder_layers",
+        "encoder_embed_dim",
+        "encoder_ffn_embed_dim",
+        "encoder_attention_heads",
+        "activation_fn",
+        "max_positions",
+    )
     options = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return (*options, *(["--untie-weights-roberta"] if args.untie_weights_roberta else []))
 

@@ -1,7 +1,8 @@
-"""Aligned key map: Hugging Face BERT / RoBERTa on the left, fairseq `roberta` in the middle, shape on the right.
+"""Aligned key map: Hugging Face BERT / RoBERTa on the left, fairseq `roberta` in the middle, shape on the
+right.
 
-Names are written without the leading `bert.` or `roberta.`, and `{i}` runs over the layers. Letters of a shape:
-d hidden_size, f intermediate_size, v vocabulary, p positions, t token types, c classes.
+Names are written without the leading `bert.` or `roberta.`, and `{i}` runs over the layers. Letters of a
+shape: d hidden_size, f intermediate_size, v vocabulary, p positions, t token types, c classes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ LM_HEAD = {
 LM_BIAS = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
 LM_WEIGHT = {"bert": "cls.predictions.decoder.weight", "roberta": "lm_head.decoder.weight"}
 LM_DECODER_BIAS = {"bert": "cls.predictions.decoder.bias", "roberta": "lm_head.decoder.bias"}
-# RoBERTa's classifier is fairseq's, layer for layer; BERT's second segment has another token type, so it is not mapped
+# RoBERTa's classifier is fairseq's, layer for layer; BERT's second segment has another token type, so it is
+# not mapped
 CLASSIFIER = [
     ("classifier.dense", HEAD + "dense", "dd", "d"),
     ("classifier.out_proj", HEAD + "out_proj", "cd", "c"),
@@ -50,7 +52,8 @@ CLASSIFIER = [
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TYPES = "embeddings.token_type_embeddings.weight"
-# without a place in fairseq's RoBERTa, and not needed by it; anything else left over below these prefixes is an error
+# without a place in fairseq's RoBERTa, and not needed by it; anything else left over below these prefixes is
+# an error
 IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids")
 BODY = ("embeddings.", "encoder.")
 

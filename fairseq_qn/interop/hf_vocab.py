@@ -17,10 +17,12 @@ WORDPIECE_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")  # in the or
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`rows[i]` is the Hugging Face id of fairseq's id i; `symbols` are the lines of dict.txt, ids 4 .. len(rows) - 2.
+    """`rows[i]` is the Hugging Face id of fairseq's id i; `symbols` are the lines of dict.txt, ids 4 ..
+    len(rows) - 2.
 
-    `dropped` are entries that no tokeniser can emit (duplicates, blanks, fairseq's own specials); `pad` is the
-    Hugging Face id of the padding token; `files` maps the names to write beside the checkpoint to their text.
+    `dropped` are entries that no tokeniser can emit (duplicates, blanks, fairseq's own specials); `pad` is
+    the Hugging Face id of the padding token; `files` maps the names to write beside the checkpoint to their
+    text.
     """
 
     rows: list[int]
@@ -43,7 +45,8 @@ def read_wordpieces(text: str) -> dict[str, int]:
 
 
 def read_vocabulary(folder: Path, model_type: str) -> Vocabulary:
-    """The vocabulary of a Hugging Face folder: from vocab.txt, or vocab.json and merges.txt, or else tokenizer.json.
+    """The vocabulary of a Hugging Face folder: from vocab.txt, or vocab.json and merges.txt, or else
+    tokenizer.json.
 
     Raises: FormatError (none of these, unreadable, or a special token is missing).
     """
@@ -67,9 +70,9 @@ def wordpiece_vocabulary(text: str, where: Path) -> Vocabulary:
     ids = read_wordpieces(text)
     specials = [_special(ids, token, where) for token in WORDPIECE_SPECIALS]
     reserved = {*FIRST, MASK, *WORDPIECE_SPECIALS}
-    # fairseq splits lines at white space and keeps <s> etc. for itself. WordPiece never emits such tokens, because it
-    # splits at white space and punctuation first, so their rows are dead. Duplicates: fairseq's `#fairseq:overwrite`
-    # would not survive fairseq-preprocess, which saves the dictionary again without it.
+    # fairseq splits lines at white space and keeps <s> etc. for itself. WordPiece never emits such tokens,
+    # because it splits at white space and punctuation first, so their rows are dead. Duplicates: fairseq's
+    # `#fairseq:overwrite` would not survive fairseq-preprocess, which saves the dictionary again without it.
     usable = [token for token in ids if token.split() == [token] and token not in reserved]
     usable.sort(key=ids.__getitem__)
     kept = {*usable, *WORDPIECE_SPECIALS}
@@ -89,7 +92,9 @@ def gpt2_vocabulary(vocab: str, merges: str, where: Path) -> Vocabulary:
     """
     ids = _json(vocab, where)
     if not all(type(i) is int for i in ids.values()):
-        raise FormatError(f"{where}: expected a JSON object of token -> id, found other values; take the folder's own")
+        raise FormatError(
+            f"{where}: expected a JSON object of token -> id, found other values; take the folder's own"
+        )
     specials = [_special(ids, token, where) for token in (*FIRST, MASK)]
     plain = sorted(set(ids.values()) - set(specials))
     if not merges.startswith("#version"):  # fairseq skips the first line, and wants a last newline
@@ -99,16 +104,20 @@ def gpt2_vocabulary(vocab: str, merges: str, where: Path) -> Vocabulary:
 
 
 def check_rows(vocabulary: Vocabulary, config: dict, folder: Path) -> None:
-    """Raises MismatchError where config.json has fewer rows than the vocabulary, or another padding token."""
+    """Raises MismatchError where config.json has fewer rows than the vocabulary, or another padding
+    token.
+    """
     needed, n_rows = max(vocabulary.rows) + 1, config["vocab_size"]
     if needed > n_rows:
         raise MismatchError(
-            f"{folder}: the vocabulary expects an embedding of at least {needed} rows, found vocab_size {n_rows} in "
+            f"{folder}: the vocabulary expects an embedding of at least {needed} rows, found vocab_size "
+            f"{n_rows} in "
             "config.json; the vocabulary is of another model"
         )
     if config.get("pad_token_id", vocabulary.pad) != vocabulary.pad:
         raise MismatchError(
-            f"{folder}: the vocabulary expects pad_token_id {vocabulary.pad}, found {config['pad_token_id']} in "
+            f"{folder}: the vocabulary expects pad_token_id {vocabulary.pad}, found "
+            f"{config['pad_token_id']} in "
             "config.json; make them agree"
         )
 
@@ -145,7 +154,9 @@ def _from_tokenizer_json(data: dict, where: Path, kind: str) -> list[str]:
 
 def _special(ids: dict[str, int], token: str, path: Path) -> int:
     if token not in ids:
-        raise FormatError(f"{path}: expected the special token {token}, found none; add it to the vocabulary")
+        raise FormatError(
+            f"{path}: expected the special token {token}, found none; add it to the vocabulary"
+        )
     return ids[token]
 
 
@@ -153,4 +164,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise FormatError(f"{path}: expected UTF-8 text, found byte {e.object[e.start]:#04x} at {e.start}") from e
+        raise FormatError(
+            f"{path}: expected UTF-8 text, found byte {e.object[e.start]:#04x} at {e.start}"
+        ) from e

@@ -1,4 +1,6 @@
-"""Product with a weight that stays codes (lookup.c), where it could be compiled: F.linear(x, decode(codes, codebook))."""
+"""Product with a weight that stays codes (lookup.c), where it could be compiled: F.linear(x, decode(codes,
+codebook)).
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,40 @@ from fairseq_qn.kernels.native import INT, POINTER, SIZE
 LARGEST = 64  # block sizes that the kernel takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 4096  # outputs of a piece of work: their sums, 256 KiB for 16 rows, stay in a core's L2
-_ARGUMENTS = (*native.THREADS, POINTER, SIZE, POINTER, POINTER, SIZE, INT, POINTER, POINTER, SIZE, SIZE, SIZE, INT, POINTER)
+_ARGUMENTS = (
+    *native.THREADS,
+    POINTER,
+    SIZE,
+    POINTER,
+    POINTER,
+    SIZE,
+    INT,
+    POINTER,
+    POINTER,
+    SIZE,
+    SIZE,
+    SIZE,
+    INT,
+    POINTER,
+)
 
 
 def usable(codes: Tensor, codebook: Tensor) -> bool:
     """Whether the kernel takes these, converted to fp32."""
     return (
-        not native.watched() and codes.dtype == torch.uint8 and codes.device.type == "cpu" and codebook.dtype in _DTYPES
-        and codebook.shape[1] <= LARGEST and not codebook.requires_grad and native.library() is not None
-    )  # fmt: skip
+        not native.watched()
+        and codes.dtype == torch.uint8
+        and codes.device.type == "cpu"
+        and codebook.dtype in _DTYPES
+        and codebook.shape[1] <= LARGEST
+        and not codebook.requires_grad
+        and native.library() is not None
+    )
 
 
 def linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in_features], codes uint8 [out_features, in_features / d] below K, codebook [K, d], bias [out_features], all but
-    the codes fp32 -> [..., out_features].
+    """x [..., in_features], codes uint8 [out_features, in_features / d] below K, codebook [K, d], bias
+    [out_features], all but the codes fp32 -> [..., out_features].
     """
     (out, groups), (k, d) = codes.shape, codebook.shape
     rows = x.numel() // (groups * d)
@@ -37,13 +59,16 @@ def linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = Non
     size = native.function("qn_lookup_scratch", (SIZE, INT, SIZE, INT), SIZE)(k, d, chunk, lanes)
     scratch = native.scratch(threads[1] * size)
     native.function("qn_lookup", _ARGUMENTS)(
-        *threads, x.data_ptr(), rows, codes.data_ptr(), codebook.data_ptr(), k, d, None if bias is None else bias.data_ptr(),
+        *threads, x.data_ptr(), rows, codes.data_ptr(), codebook.data_ptr(), k, d,
+        None if bias is None else bias.data_ptr(),
         y.data_ptr(), groups, out, chunk, lanes, scratch.data_ptr(),
     )  # fmt: skip
     return y
 
 
 def _chunk(out: int, tiles: int, threads: int) -> int:
-    """Outputs of a piece, a multiple of 16: all, unless threads would stand idle or the sums outgrow the cache."""
+    """Outputs of a piece, a multiple of 16: all, unless threads would stand idle or the sums outgrow the
+    cache.
+    """
     parts = threads if tiles % threads and tiles < 4 * threads else 1
     return min(_CHUNK, 16 * -(-out // (16 * parts)))

@@ -53,8 +53,8 @@ def threads() -> tuple[int | None, int]:
 
 
 def watched() -> bool:
-    """Whether torch records or transforms what is computed now (trace, compile, export, torch.func, forward-mode gradients, a
-    dispatch mode): it would not see what a kernel writes through a pointer.
+    """Whether torch records or transforms what is computed now (trace, compile, export, torch.func,
+    forward-mode gradients, a dispatch mode): it would not see what a kernel writes through a pointer.
     """
     return (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
@@ -66,7 +66,9 @@ _LOCAL = threading.local()
 
 
 def scratch(size: int) -> Tensor:
-    """fp32 [size] to work in until the next call from this thread. Kept: fresh pages cost more than many a kernel."""
+    """fp32 [size] to work in until the next call from this thread. Kept: fresh pages cost more than many a
+    kernel.
+    """
     kept = getattr(_LOCAL, "buffer", None)
     if kept is None or len(kept) < size:
         with torch.inference_mode(False):

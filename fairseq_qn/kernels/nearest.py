@@ -1,4 +1,6 @@
-"""The compiled steps of k-means (nearest.c), where installation could compile them. Defined by quant/kmeans.py."""
+"""The compiled steps of k-means (nearest.c), where installation could compile them. Defined by
+quant/kmeans.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ _PIECES = 64  # of the sums at most, whatever the number of threads, so that the
 
 def usable(x: Tensor) -> bool:
     """Whether the kernel takes these rows [n, d]."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LARGEST and native.library() is not None
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[1] <= LARGEST
+        and native.library() is not None
+    )
 
 
 @cache
@@ -37,13 +44,28 @@ def lay_out(x: Tensor, shift: Tensor, scale: float) -> tuple[Tensor, float]:
     (n, d), step = x.shape, _step(len(x), 1)
     points = torch.empty(-(-n // TILE), d, TILE)
     energies = torch.zeros(-(-n // step), dtype=torch.float64)
-    kernel = native.function("qn_lay_out", (*THREADS, POINTER, SIZE, INT, POINTER, c_double, SIZE, POINTER, POINTER))
-    kernel(*native.threads(), x.data_ptr(), n, d, shift.data_ptr(), scale, step, points.data_ptr(), energies.data_ptr())
+    kernel = native.function(
+        "qn_lay_out", (*THREADS, POINTER, SIZE, INT, POINTER, c_double, SIZE, POINTER, POINTER)
+    )
+    kernel(
+        *native.threads(),
+        x.data_ptr(),
+        n,
+        d,
+        shift.data_ptr(),
+        scale,
+        step,
+        points.data_ptr(),
+        energies.data_ptr(),
+    )
     return points, sum(energies.tolist())
 
 
-def assign(points: Tensor, x: Tensor, codebook: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int32 [n] of the codeword nearest to each point; fp64 sums [K, d] of the rows of x of each code, counts [K].
+def assign(
+    points: Tensor, x: Tensor, codebook: Tensor, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int32 [n] of the codeword nearest to each point; fp64 sums [K, d] of the rows of x of each code,
+    counts [K].
 
     points: from lay_out of x, in the units of codebook fp32 [K, d]. width: of vectors, instead of `lanes`.
     """
@@ -52,22 +74,44 @@ def assign(points: Tensor, x: Tensor, codebook: Tensor, width: int | None = None
 
 
 def accumulate(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
-    """Sums fp64 [K, d] of the rows of each code, and their counts int64 [K]; x fp32 [n, d], codes int32 [n]."""
+    """Sums fp64 [K, d] of the rows of each code, and their counts int64 [K]; x fp32 [n, d], codes int32
+    [n].
+    """
     return _run(None, x.contiguous(), None, codes.contiguous(), n_centroids, 0)
 
 
-def _run(points: Tensor | None, x: Tensor, codebook: Tensor | None, codes: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
+def _run(
+    points: Tensor | None, x: Tensor, codebook: Tensor | None, codes: Tensor, k: int, width: int
+) -> tuple[Tensor, Tensor]:
     (n, d), step = x.shape, _step(len(x), k)
     pieces = max(1, -(-n // step))
     sums, counts = torch.empty(pieces, k, d, dtype=torch.float64), torch.empty(pieces, k, dtype=torch.int64)
     bias = None if codebook is None else codebook.pow(2).sum(1).div_(-2)
-    kernel = native.function("qn_assign", (*THREADS, POINTER, POINTER, SIZE, INT, POINTER, POINTER, SIZE, SIZE, INT,
-                                           POINTER, POINTER, POINTER))  # fmt: skip
+    kernel = native.function(
+        "qn_assign",
+        (
+            *THREADS,
+            POINTER,
+            POINTER,
+            SIZE,
+            INT,
+            POINTER,
+            POINTER,
+            SIZE,
+            SIZE,
+            INT,
+            POINTER,
+            POINTER,
+            POINTER,
+        ),
+    )
     address = [None if t is None else t.data_ptr() for t in (points, x, codebook, bias, codes, sums, counts)]
     kernel(*native.threads(), *address[:2], n, d, *address[2:4], k, step, width, *address[4:])
     return sums[0], counts[0]
 
 
 def _step(n: int, k: int) -> int:
-    """Blocks in a piece of work: whole tiles, and so many that the sums of all pieces stay smaller than the blocks."""
+    """Blocks in a piece of work: whole tiles, and so many that the sums of all pieces stay smaller than the
+    blocks.
+    """
     return TILE * max(1, -(-n // (TILE * max(1, min(_PIECES, n // k)))))

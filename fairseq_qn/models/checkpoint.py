@@ -31,14 +31,15 @@ _DRAWS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_un
 def load_checkpoint(
     path: str | Path, data: str | None = None, recipe: str | None = None, heads: bool = True
 ) -> tuple[nn.Module, Any, Any]:
-    """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe applies.
+    """(model, configuration, task) of a fairseq checkpoint, a stock one as its qn_ kind, so that a recipe
+    applies.
 
-    recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not name.
-    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has `model`, `task`, and
-    of `common` the seed.
-    The file stays mapped: weights are read when they are used, the optimiser's state never. Replace it by renaming, as
-    fairseq does, not by writing into it, while the model lives.
-    Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
+    recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not
+    name. Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration
+    has `model`, `task`, and of `common` the seed. The file stays mapped: weights are read when they are
+    used, the optimiser's state never. Replace it by renaming, as fairseq does, not by writing into it, while
+    the model lives. Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind,
+    MismatchError.
     """
     state = read_checkpoint(path)
     config = _configuration(state, str(path))
@@ -64,11 +65,15 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote, mapped, without unpickling anything but plain data and tensors. Raises FormatError."""
+    """What torch.save wrote, mapped, without unpickling anything but plain data and tensors. Raises
+    FormatError.
+    """
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such checkpoint")
     if not hasattr(torch.serialization, "add_safe_globals"):
-        raise UnsupportedError(f"{path}: expected torch 2.4 or later, which reads it safely, found {torch.__version__}")
+        raise UnsupportedError(
+            f"{path}: expected torch 2.4 or later, which reads it safely, found {torch.__version__}"
+        )
     try:  # no file of before torch 1.6 can be mapped
         state = torch.load(str(path), map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # torch.load raises many kinds
@@ -76,25 +81,39 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: cannot be read as a fairseq checkpoint: {' '.join(str(error).split())[:200]}"
         ) from error
     weights = state.get("model") if isinstance(state, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) and type(n) is str for n, t in weights.items()):
-        raise FormatError(f"{path}: expected a fairseq checkpoint, with its tensors by name as `model`, found none")
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(t, Tensor) and type(n) is str for n, t in weights.items()
+    ):
+        raise FormatError(
+            f"{path}: expected a fairseq checkpoint, with its tensors by name as `model`, found none"
+        )
     return state
 
 
 def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
-    """The `model` and `task` of a checkpoint under our names, as fairseq hands them out: only what the tables let through."""
+    """The `model` and `task` of a checkpoint under our names, as fairseq hands them out: only what the
+    tables let through.
+    """
     args, config = state.get("args"), state.get("cfg")
     whole = isinstance(config, Mapping)
-    given = {part: _mapping(args if args is not None else config.get(part) if whole else None) for part in ("model", "task")}
+    given = {
+        part: _mapping(args if args is not None else config.get(part) if whole else None)
+        for part in ("model", "task")
+    }
     for part, values in given.items():
         if values is None:
-            raise FormatError(f"{path}: expected the options of its {part}, found none; is it a fairseq checkpoint?")
+            raise FormatError(
+                f"{path}: expected the options of its {part}, found none; is it a fairseq checkpoint?"
+            )
     arch, kind = _ours(given["model"], path)
-    name = given["task"].get("_name") or given["task"].get("task") or "translation"  # the first checkpoints were all of that
+    # the first checkpoints were all of that
+    name = given["task"].get("_name") or given["task"].get("task") or "translation"
     task_kind = name if type(name) is not str or name.startswith("qn_") else f"qn_{name}"
     task_kind = options.one_of(TASKS, task_kind, f"{path}: task", UnsupportedError)
     if "max_positions" in given["model"] and kind == "qn_transformer":  # before they were two options
-        both = dict.fromkeys(("max_source_positions", "max_target_positions"), given["model"]["max_positions"])
+        both = dict.fromkeys(
+            ("max_source_positions", "max_target_positions"), given["model"]["max_positions"]
+        )
         given["model"] = {**both, **given["model"]}
     model = options.take({**MODELS[kind], **CHECKPOINT_MODEL}, given["model"], f"{path}: model")
     common = _mapping(config.get("common")) if whole else None  # the seed of a task that has no such option
@@ -106,7 +125,10 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
     if MODEL_DATACLASS_REGISTRY.get(kind) is None:
         made: Any = Namespace(**model, _name=arch, arch=arch)
     else:
-        known = {key: FALLBACKS[key] for key in ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")}
+        known = {
+            key: FALLBACKS[key]
+            for key in ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")
+        }
         made = {**known, **model, "_name": arch}
         for key in {"adaptive_input_cutoff", "adaptive_softmax_cutoff"} & made.keys():
             made[key] = ",".join(map(str, made[key]))  # text to its dataclass
@@ -123,7 +145,8 @@ def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:
     kind = kind_of(arch, ours())
     if kind is None:
         raise UnsupportedError(
-            f"{path}: architecture {short(arch)} has no qn_ kind; expected RoBERTa, transformer or transformer_lm"
+            f"{path}: architecture {short(arch)} has no qn_ kind; expected RoBERTa, transformer or "
+            "transformer_lm"
         )
     return arch, kind
 
@@ -140,7 +163,9 @@ def _mapping(options: Any) -> Mapping[str, Any] | None:
 
 
 def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Module | None:
-    """The model with the checkpoint's weights; None if something that it does not hold was to be drawn, and was not."""
+    """The model with the checkpoint's weights; None if something that it does not hold was to be drawn, and
+    was not.
+    """
     with _Undrawn() as undrawn:
         undrawn.active = not draw
         known = "from_checkpoint" in inspect.signature(task.build_model).parameters
@@ -160,7 +185,9 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
     try:
         nn.Module.load_state_dict(model, weights, assign=True)
     except RuntimeError as error:  # a line for each tensor
-        raise MismatchError(f"checkpoint: its tensors do not fit its options: {short(' '.join(str(error).split()))}") from error
+        raise MismatchError(
+            f"checkpoint: its tensors do not fit its options: {short(' '.join(str(error).split()))}"
+        ) from error
     for *others, (last, attribute) in owners.values():  # assigned one by one: tie them again
         for module, name in others:
             module._parameters[name] = last._parameters[attribute]

@@ -28,13 +28,15 @@ from fairseq_qn.models.options import DICTIONARIES, MODELS, TASKS, Refusal
 
 _DRAWS = {"cpu", "normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "copy_"}
 _INDICES = ("bos_index", "pad_index", "eos_index", "unk_index")
-_MAX_COMPUTED = 1 << 22  # numbers of a table of sinusoidal positions; fairseq computes more when a sentence needs them
+# numbers of a table of sinusoidal positions; fairseq computes more when a sentence needs them
+_MAX_COMPUTED = 1 << 22
 
 
 def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str, Dictionary]]:
     """(source, dictionaries by name) of a model that is being built; equal dictionaries are kept once.
 
-    Nothing is refused here, for a model may train that no small file can describe: `checked` does that when it is saved.
+    Nothing is refused here, for a model may train that no small file can describe: `checked` does that when
+    it is saved.
     """
     found: dict[str, Dictionary] = {}
     names = {}
@@ -53,17 +55,23 @@ def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def checked(source: Mapping[str, Any], error: Refusal = FormatError) -> dict[str, Any]:
-    """What the table of options lets through of a source: all that fairseq is ever given. Raises `error`, by name."""
+    """What the table of options lets through of a source: all that fairseq is ever given. Raises `error`, by
+    name.
+    """
     result: dict[str, Any] = {"builder": "fairseq"}
     for part, kinds in (("model", MODELS), ("task", TASKS)):
         given = source.get(part)
         if not isinstance(given, Mapping):
             raise error(f"source.{part}: expected options by name, found {short(given)}")
         name = given.get("_name") or given.get("arch" if part == "model" else "task")
-        name = options.one_of(kinds, kind_of(name, ours()) or name if part == "model" else name, f"source.{part}._name", error)
+        name = options.one_of(
+            kinds, kind_of(name, ours()) or name if part == "model" else name, f"source.{part}._name", error
+        )
         result[part] = {"_name": name, **options.take(kinds[name], given, f"source.{part}", error)}
     names = source.get("dictionaries")
-    if not isinstance(names, Mapping) or not all(type(n) is str and n in DICTIONARIES for n in (*names, *names.values())):
+    if not isinstance(names, Mapping) or not all(
+        type(n) is str and n in DICTIONARIES for n in (*names, *names.values())
+    ):
         raise error(f"source.dictionaries: expected some of {', '.join(DICTIONARIES)}, found {short(names)}")
     for key in options.NEEDED[result["task"]["_name"]]:
         if key not in names:
@@ -79,10 +87,15 @@ def _heads(heads: Any, model: str, error: Refusal) -> dict[str, list[int]]:
     if heads and model != "qn_roberta":
         raise error(f"source.heads: expected none of a {model}, found {short(heads)}")
     for head, sizes in heads.items():
-        whole = type(sizes) is list and len(sizes) == 2 and all(type(n) is int and 0 < n <= 1 << 20 for n in sizes)
+        whole = (
+            type(sizes) is list
+            and len(sizes) == 2
+            and all(type(n) is int and 0 < n <= 1 << 20 for n in sizes)
+        )
         if not whole or not NAME.fullmatch(head):
             raise error(
-                f"source.heads: expected a name of letters, digits, _ and - with its two sizes, found {short({head: sizes})}"
+                "source.heads: expected a name of letters, digits, _ and - with its two sizes, found "
+                f"{short({head: sizes})}"
             )
     return dict(heads)
 
@@ -100,10 +113,16 @@ def read_dictionary(data: bytes) -> Dictionary:
         found = json.loads(data)
         symbols, numbers = found["symbols"], {name: found[name] for name in (*_INDICES, "nspecial")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"dictionary: cannot be read: {short(error)}; the file is damaged, fetch it again") from None
+        raise FormatError(
+            f"dictionary: cannot be read: {short(error)}; the file is damaged, fetch it again"
+        ) from None
     whole = type(symbols) is list and all(type(symbol) is str for symbol in symbols)
-    if not whole or not all(type(n) is int and 0 <= n < len(symbols) + (name == "nspecial") for name, n in numbers.items()):
-        raise FormatError(f"dictionary: expected a list of symbols and numbers of some, found {short(numbers)}")
+    if not whole or not all(
+        type(n) is int and 0 <= n < len(symbols) + (name == "nspecial") for name, n in numbers.items()
+    ):
+        raise FormatError(
+            f"dictionary: expected a list of symbols and numbers of some, found {short(numbers)}"
+        )
     dictionary = Dictionary()
     dictionary.symbols = symbols
     dictionary.indices = dict(zip(symbols, range(len(symbols))))
@@ -118,7 +137,9 @@ def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:
     name, names = source["task"]["_name"], source["dictionaries"]
     for key in dict.fromkeys(names.values()):
         if f"{key}.json" not in assets:
-            raise FormatError(f"source.dictionaries: the file carries no {key}.json; it is damaged, fetch it again")
+            raise FormatError(
+                f"source.dictionaries: the file carries no {key}.json; it is damaged, fetch it again"
+            )
     made = {key: read_dictionary(assets[f"{key}.json"]) for key in dict.fromkeys(names.values())}
     found = {key: made[name] for key, name in names.items()}
     given = {**_defaults(TASK_DATACLASS_REGISTRY[name]), **source["task"], "data": ""}
@@ -134,7 +155,8 @@ def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:
 
 
 def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> nn.Module:
-    """The dense model of a source that `checked` has passed, on the meta device: tensors take no memory until they are filled.
+    """The dense model of a source that `checked` has passed, on the meta device: tensors take no memory
+    until they are filled.
 
     stored: names of the file's tensors, and of modules that were left out of it.
     """
@@ -154,7 +176,9 @@ def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> 
 
 @contextmanager
 def fairseq_refuses(where: str, *passed: type[BaseException]) -> Iterator[None]:
-    """Whatever fairseq raises for options that are legal each, and do not fit one another, as a FormatError."""
+    """Whatever fairseq raises for options that are legal each, and do not fit one another, as a
+    FormatError.
+    """
     try:
         yield
     except (QNError, *passed):
@@ -162,7 +186,9 @@ def fairseq_refuses(where: str, *passed: type[BaseException]) -> Iterator[None]:
     except ImportError as error:  # a tokeniser's library
         raise UnsupportedError(f"{where}: {_line(error)}") from error
     except (Exception, SystemExit) as error:  # asserts, missing keys, division by zero, ...
-        raise FormatError(f"{where}: does not describe a model: {type(error).__name__}: {_line(error)}") from error
+        raise FormatError(
+            f"{where}: does not describe a model: {type(error).__name__}: {_line(error)}"
+        ) from error
 
 
 def _line(error: BaseException) -> str:
@@ -208,7 +234,8 @@ def _plain(value: Any) -> Any:
 
 
 class NoData(TorchFunctionMode):
-    """Let tensors on the meta device be as they are: there is nothing to draw, and the CPU, where fairseq draws, has no room.
+    """Let tensors on the meta device be as they are: there is nothing to draw, and the CPU, where fairseq
+    draws, has no room.
 
     torch's own normal_ of a meta tensor would do, but imports its compiler: 0.9 s and 100 MB.
     """

@@ -1,4 +1,6 @@
-"""What an option may be: a flag, a number within bounds, one of a few words, ... and never code, a path or an interpolation."""
+"""What an option may be: a flag, a number within bounds, one of a few words, ... and never code, a path or
+an interpolation.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,11 @@ class Numerals(Kind):
         return "whole numbers separated by commas"
 
     def read(self, value: Any) -> str:
-        if type(value) is not str or len(value) > 4096 or not re.fullmatch(r"\[?\d{1,9}(, ?\d{1,9})*\]?", value, re.ASCII):
+        if (
+            type(value) is not str
+            or len(value) > 4096
+            or not re.fullmatch(r"\[?\d{1,9}(, ?\d{1,9})*\]?", value, re.ASCII)
+        ):
             raise ValueError
         return value
 

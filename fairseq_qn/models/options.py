@@ -1,8 +1,10 @@
-"""Which options of a model and its task a small file or a checkpoint may set: one table, for the writer and the reader.
+"""Which options of a model and its task a small file or a checkpoint may set: one table, for the writer and
+the reader.
 
-What is not in it never reaches fairseq, which evaluates some options as Python, opens others as files, and lets OmegaConf
-put environment variables into any. An option that a table lacks is left out in silence: old files hold every option of
-fairseq's, and most are of training. One that would make another model, and cannot be rebuilt, is in the table as `Only`.
+What is not in it never reaches fairseq, which evaluates some options as Python, opens others as files, and
+lets OmegaConf put environment variables into any. An option that a table lacks is left out in silence: old
+files hold every option of fairseq's, and most are of training. One that would make another model, and cannot
+be rebuilt, is in the table as `Only`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,19 @@ from typing import Any
 
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, QNError
-from fairseq_qn.models.kinds import Cutoffs, Flag, Folder, Kind, Named, Number, Numerals, OneOf, Only, RecipeText, Whole
+from fairseq_qn.models.kinds import (
+    Cutoffs,
+    Flag,
+    Folder,
+    Kind,
+    Named,
+    Number,
+    Numerals,
+    OneOf,
+    Only,
+    RecipeText,
+    Whole,
+)
 
 Refusal = Callable[[str], QNError]  # the message -> what is raised
 DICTIONARIES = ("source_dictionary", "target_dictionary", "label_dictionary")
@@ -24,7 +38,8 @@ MAX_HEADS = 256  # classification heads
 _FLAG, _CHANCE, _SIZE, _POSITIONS = Flag(), Number(0, 1), Whole(1, MAX_SIZE), Whole(2, 1 << 20)
 _ACTIVATION = OneOf(("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"))
 _EVERY = {
-    "activation_fn": _ACTIVATION, "dropout": _CHANCE, "attention_dropout": _CHANCE, "activation_dropout": _CHANCE,
+    "activation_fn": _ACTIVATION, "dropout": _CHANCE, "attention_dropout": _CHANCE,
+    "activation_dropout": _CHANCE,
     "layernorm_embedding": _FLAG, "no_scale_embedding": _FLAG, "no_token_positional_embeddings": _FLAG,
 }  # fmt: skip
 
@@ -32,30 +47,36 @@ _EVERY = {
 def _stack(side: str) -> dict[str, Kind]:
     return {
         f"{side}_layers": Whole(0, MAX_LAYERS), f"{side}_embed_dim": _SIZE, f"{side}_ffn_embed_dim": _SIZE,
-        f"{side}_attention_heads": Whole(1, 256), f"{side}_layerdrop": _CHANCE, f"{side}_normalize_before": _FLAG,
+        f"{side}_attention_heads": Whole(1, 256), f"{side}_layerdrop": _CHANCE,
+        f"{side}_normalize_before": _FLAG,
         f"{side}_learned_pos": _FLAG, f"{side}_xformers_att_config": Only(None),
     }  # fmt: skip
 
 
 _DECODER = {
-    **_stack("decoder"), "decoder_input_dim": _SIZE, "decoder_output_dim": _SIZE, "no_decoder_final_norm": _FLAG,
+    **_stack("decoder"), "decoder_input_dim": _SIZE, "decoder_output_dim": _SIZE,
+    "no_decoder_final_norm": _FLAG,
     "share_decoder_input_output_embed": _FLAG, "max_target_positions": _POSITIONS,
-    "adaptive_softmax_cutoff": Cutoffs(), "adaptive_softmax_dropout": _CHANCE, "adaptive_softmax_factor": Number(1, 64),
+    "adaptive_softmax_cutoff": Cutoffs(), "adaptive_softmax_dropout": _CHANCE,
+    "adaptive_softmax_factor": Number(1, 64),
     "tie_adaptive_weights": _FLAG, "tie_adaptive_proj": _FLAG, "base_layers": Only(0),
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, Kind]] = {
     "qn_roberta": {
         **_EVERY, **_stack("encoder"), "max_positions": _POSITIONS, "pooler_activation_fn": _ACTIVATION,
-        "pooler_dropout": _CHANCE, "untie_weights_roberta": _FLAG, "spectral_norm_classification_head": _FLAG,
+        "pooler_dropout": _CHANCE, "untie_weights_roberta": _FLAG,
+        "spectral_norm_classification_head": _FLAG,
         "layer_norm_eps": Number(0, 1),
     },
     "qn_transformer": {
-        **_EVERY, **_stack("encoder"), **_DECODER, "max_source_positions": _POSITIONS, "share_all_embeddings": _FLAG,
+        **_EVERY, **_stack("encoder"), **_DECODER, "max_source_positions": _POSITIONS,
+        "share_all_embeddings": _FLAG,
         "merge_src_tgt_embed": _FLAG, "no_cross_attention": _FLAG, "cross_self_attention": _FLAG,
     },
     "qn_transformer_lm": {
-        **_EVERY, **_DECODER, "tokens_per_sample": _POSITIONS, "add_bos_token": _FLAG, "character_embeddings": Only(False),
+        **_EVERY, **_DECODER, "tokens_per_sample": _POSITIONS, "add_bos_token": _FLAG,
+        "character_embeddings": Only(False),
         "adaptive_input": _FLAG, "adaptive_input_factor": Number(1, 64), "adaptive_input_cutoff": Cutoffs(),
         "scale_fc": _FLAG, "scale_attn": _FLAG, "scale_heads": _FLAG, "scale_resids": _FLAG,
     },
@@ -88,7 +109,8 @@ CHECKPOINT_MODEL: dict[str, Kind] = {
     "encoder_layers_to_keep": Numerals(), "decoder_layers_to_keep": Numerals(), "quant_recipe": RecipeText(),
 }  # fmt: skip
 CHECKPOINT_TASK: dict[str, Kind] = {
-    "data": Folder(), "source_lang": Named(), "target_lang": Named(), "seed": Whole(-(1 << 63), (1 << 63) - 1),
+    "data": Folder(), "source_lang": Named(), "target_lang": Named(),
+    "seed": Whole(-(1 << 63), (1 << 63) - 1),
     "quant_recipe": RecipeText(), "quant_stage_updates": Numerals(), "quant_stage_epochs": Numerals(),
     "quant_iterations": Whole(0, 1 << 20),
 }  # fmt: skip
@@ -108,15 +130,23 @@ BPES: dict[str, dict[str, Kind]] = {
     "fastbpe": {},
     "subword_nmt": {"bpe_separator": OneOf(("@@", "@", "##", "\uffed", "\u2581"))},
 }
-_LANGUAGE = OneOf(tuple("as bn ca cs de el en es et fi fr ga gu hi hu is it kn lt lv ml mni mr nl or pa pl pt ro ru sk sl sv "
-                        "ta tdt te yue zh".split()))  # fmt: skip
+_LANGUAGE = OneOf(
+    tuple(
+        "as bn ca cs de el en es et fi fr ga gu hi hu is it kn lt lv ml mni mr nl or pa pl pt ro ru sk sl "
+        "sv "
+        "ta tdt te yue zh".split()
+    )
+)
 TOKENIZERS: dict[str, dict[str, Kind]] = {
     "space": {},
     "nltk": {},
     "moses": {
-        "source_lang": _LANGUAGE, "target_lang": _LANGUAGE, "moses_no_dash_splits": _FLAG, "moses_no_escape": _FLAG,
+        "source_lang": _LANGUAGE,
+        "target_lang": _LANGUAGE,
+        "moses_no_dash_splits": _FLAG,
+        "moses_no_escape": _FLAG,
     },
-}  # fmt: skip
+}
 
 # fairseq reads these from other groups of its configuration, which a small file does not hold
 FALLBACKS = {
@@ -126,7 +156,9 @@ FALLBACKS = {
 
 
 def take(table: Mapping[str, Kind], values: Any, where: str, error: Refusal = FormatError) -> dict[str, Any]:
-    """The options that the table knows, checked; None stands for fairseq's default. Raises `error`, by name."""
+    """The options that the table knows, checked; None stands for fairseq's default. Raises `error`, by
+    name.
+    """
     if not isinstance(values, Mapping):
         raise error(f"{where}: expected options by name, found {short(values)}")
     found = {}
@@ -150,10 +182,11 @@ def one_of(choices: Iterable[str], value: Any, where: str, error: Refusal = Form
 
 
 def check_layers(model: Mapping[str, Any], stored: Iterable[str], where: str) -> dict[str, Any]:
-    """Raise FormatError for more layers than there are tensors of: each costs time and memory before it is compared.
+    """Raise FormatError for more layers than there are tensors of: each costs time and memory before it is
+    compared.
 
-    stored: names of the tensors, and of modules that were left out on purpose. Returns the options, with no layers in a stack
-    that was left out.
+    stored: names of the tensors, and of modules that were left out on purpose. Returns the options, with no
+    layers in a stack that was left out.
     """
     stored = list(stored)
     numbers = {m[1] for m in (re.search(r"\.layers\.(\d+)(?:\.|$)", name) for name in stored) if m}
@@ -163,5 +196,7 @@ def check_layers(model: Mapping[str, Any], stored: Iterable[str], where: str) ->
         if any(stack.startswith(f"{name}.") for stack in stacks for name in stored):
             result[option] = 0
         elif model[option] > len(numbers):
-            raise FormatError(f"{where}.{option}: expected up to {len(numbers)}, as tensors say, found {model[option]}")
+            raise FormatError(
+                f"{where}.{option}: expected up to {len(numbers)}, as tensors say, found {model[option]}"
+            )
     return result

@@ -1,4 +1,6 @@
-"""What every qn_ model adds to fairseq's own: its recipe, its views, and a description from which it can be rebuilt."""
+"""What every qn_ model adds to fairseq's own: its recipe, its views, and a description from which it can be
+rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,20 @@ UPSTREAM_NOISE = ("quant_noise_pq", "quant_noise_scalar")
 class QuantisedModel:
     """Mixin for a fairseq model class, before it in the bases.
 
-    The recipe comes from the task (--quant-recipe), else from the model's own configuration (a checkpoint), else from
-    fairseq's --quant-noise-pq or --quant-noise-scalar. It is kept in the configuration as text, so that a checkpoint
-    needs no recipe file.
+    The recipe comes from the task (--quant-recipe), else from the model's own configuration (a checkpoint),
+    else from fairseq's --quant-noise-pq or --quant-noise-scalar. It is kept in the configuration as text, so
+    that a checkpoint needs no recipe file.
     """
 
     @classmethod
     def build_model(cls, args: Namespace | DictConfig, task: Any) -> Any:
-        """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist so far."""
+        """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist
+        so far.
+        """
         with open_dict(args) if OmegaConf.is_config(args) else _nothing():
             recipe = _recipe_for(args, task)
-            for name in UPSTREAM_NOISE:  # its hooks overwrite weights; the recipe stands for them from here on
+            # its hooks overwrite weights; the recipe stands for them from here on
+            for name in UPSTREAM_NOISE:
                 remember(args, "model", name, 0)
             if recipe is not None:
                 remember(args, "model", "quant_recipe", recipe.to_json())
@@ -55,7 +60,8 @@ class QuantisedModel:
         return model
 
     def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads, dictionaries.
+        """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads,
+        dictionaries.
 
         Raises UnsupportedError for a model, a task or an option that the small file cannot describe.
         """
@@ -69,17 +75,25 @@ class QuantisedModel:
         """As torch's; one line when a training begins whose task is fairseq's own."""
         task = self.__dict__.pop("_qn_stock_task", None) if mode else None
         if task is not None:
-            logger.warning("--task %s freezes no stage, and noise begins anew on resume; train with --task qn_%s", task, task)
+            logger.warning(
+                "--task %s freezes no stage, and noise begins anew on resume; train with --task qn_%s",
+                task,
+                task,
+            )
         return super().train(mode)
 
     def load_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
     ) -> Any:
-        """As fairseq's; layers that are not to be kept (LayerDrop) go before the rest is fitted to the views."""
+        """As fairseq's; layers that are not to be kept (LayerDrop) go before the rest is fitted to the
+        views.
+        """
         return super().load_state_dict(prune_state_dict(state_dict, model_cfg), strict, model_cfg, args)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
-        """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is lost."""
+        """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is
+        lost.
+        """
         super().upgrade_state_dict_named(state_dict, name)
         adopt(state_dict, views_of(self))
 
@@ -103,7 +117,9 @@ def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
 
 
 def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -> None:
-    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged copy."""
+    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged
+    copy.
+    """
     setattr(config, key, value)
     parent = config._get_parent() if OmegaConf.is_config(config) else None
     if parent is not None and OmegaConf.is_config(parent.get(group)):
@@ -114,7 +130,8 @@ def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -
 def elsewhere(config: Any, option: str) -> Any:
     """An option of another group, from the whole configuration; None where this one stands alone.
 
-    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for True.
+    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for
+    True.
     """
     parent = config._get_parent() if OmegaConf.is_config(config) else None
     return None if parent is None else OmegaConf.select(parent, option)

@@ -16,7 +16,8 @@ from fairseq_qn.models.quantised import QuantisedModel, mirror_architectures
 class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
     """RoBERTa with the LM head tied through the view, and classification heads that a recipe may name.
 
-    `args.layer_norm_eps`, which an imported checkpoint may carry, sets the eps of every LayerNorm (fairseq: 1e-5).
+    `args.layer_norm_eps`, which an imported checkpoint may carry, sets the eps of every LayerNorm (fairseq:
+    1e-5).
     """
 
     @staticmethod
@@ -41,8 +42,9 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
             if isinstance(module, nn.LayerNorm):
                 module.eps = float(eps)
 
-    def register_classification_head(self, name: str, num_classes: int | None = None, inner_dim: int | None = None,
-                                     **kwargs: Any) -> None:  # fmt: skip
+    def register_classification_head(
+        self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
+    ) -> None:
         """Register a head, and the views of those of its layers that the recipe names."""
         super().register_classification_head(name, num_classes, inner_dim, **kwargs)
         recipe = api.recipe_of(self)
@@ -53,7 +55,9 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
     def from_pretrained(
         cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
     ) -> Any:
-        """A hub interface from a small file, a folder that holds one, or (as fairseq) a folder with a checkpoint."""
+        """A hub interface from a small file, a folder that holds one, or (as fairseq) a folder with a
+        checkpoint.
+        """
         from fairseq_qn import hub
 
         return hub.roberta_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)

@@ -26,17 +26,21 @@ _OPTIONS = {*(f.name for f in fields(QuantisedTaskConfig)), *_CRITERION_OPTIONS}
 def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[str, Any], int]:
     """(stock checkpoint, number of frozen layers whose decoded weights went into it).
 
-    state: a checkpoint as torch.load reads it; model: what it holds, built and loaded. Layers that are not frozen keep exactly
-    their stored weights. The optimizer's state and the iterator's stay. Raises UnsupportedError for a stock checkpoint.
+    state: a checkpoint as torch.load reads it; model: what it holds, built and loaded. Layers that are not
+    frozen keep exactly their stored weights. The optimizer's state and the iterator's stay. Raises
+    UnsupportedError for a stock checkpoint.
     """
     config = state.get("cfg")
-    if config is None or not _get(config["model"], "_name", _get(config["model"], "arch", "")).startswith(_OURS):
+    if config is None or not _get(config["model"], "_name", _get(config["model"], "arch", "")).startswith(
+        _OURS
+    ):
         raise UnsupportedError(
             f"{path}: expected a checkpoint of a qn_ model, found a stock one; fairseq loads it as it is"
         )
     frozen = [view for view in views_of(model) if view.phase == FROZEN]
     history = [
-        {**entry, "criterion_name": _class_name(entry["criterion_name"])} for entry in state["optimizer_history"]
+        {**entry, "criterion_name": _class_name(entry["criterion_name"])}
+        for entry in state["optimizer_history"]
     ]
     own = ("QN",)  # what our tasks keep in a checkpoint is under their class names
     extra = {key: value for key, value in state["extra_state"].items() if not key.startswith(own)}
@@ -58,7 +62,9 @@ def _weights(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration under fairseq's names, without the plugin's options."""
     criterion = config["criterion"]
-    name = _get(criterion, "wrapped_criterion", None) if _get(criterion, "_name", None) == _CRITERION else None
+    name = (
+        _get(criterion, "wrapped_criterion", None) if _get(criterion, "_name", None) == _CRITERION else None
+    )
     result = {key: _renamed(value, name) for key, value in config.items()}
     if name is not None:
         result["criterion"] = _wrapped(criterion, name)
@@ -70,7 +76,9 @@ def _renamed(part: Any, criterion: str | None) -> Any:
     if not isinstance(part, (dict, Namespace)):
         return part
     items = {
-        key: value for key, value in (part if isinstance(part, dict) else vars(part)).items() if key not in _OPTIONS
+        key: value
+        for key, value in (part if isinstance(part, dict) else vars(part)).items()
+        if key not in _OPTIONS
     }
     for key in ("_name", "arch", "task"):
         if isinstance(items.get(key), str):

@@ -16,7 +16,9 @@ class _Hub:
     def from_pretrained(
         cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
     ) -> Any:
-        """A generator interface from a small file, a folder that holds one, or (as fairseq) a folder with a checkpoint."""
+        """A generator interface from a small file, a folder that holds one, or (as fairseq) a folder with a
+        checkpoint.
+        """
         from fairseq_qn import hub
 
         return hub.generator_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)
@@ -24,7 +26,9 @@ class _Hub:
 
 @register_model("qn_transformer")
 class QNTransformerModel(_Hub, QuantisedModel, TransformerModel):
-    """Encoder-decoder Transformer. Adaptive softmax is refused by the recipe's block sizes, not silently left dense."""
+    """Encoder-decoder Transformer. Adaptive softmax is refused by the recipe's block sizes, not silently
+    left dense.
+    """
 
 
 @dataclass

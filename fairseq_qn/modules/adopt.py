@@ -16,9 +16,10 @@ from fairseq_qn.modules.view import FROZEN, WeightView
 def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     """Change `state` in place so that it loads strictly into the module that carries `views`.
 
-    A layer that is not frozen in `state` needs no codes: those that are missing, of another recipe, or of a layer that has no
-    view here, give way to the model's own. A frozen layer has to fit; MismatchError says which does not, and refuses codes that
-    are not those of their digest, as after averaging. A state of before there were digests gets them.
+    A layer that is not frozen in `state` needs no codes: those that are missing, of another recipe, or of a
+    layer that has no view here, give way to the model's own. A frozen layer has to fit; MismatchError says
+    which does not, and refuses codes that are not those of their digest, as after averaging. A state of
+    before there were digests gets them.
     """
     own = {stem: view for view in views for stem in _stems(view)}
     for stem in [key[:-5] for key in state if key[:-5] not in own and _is_phase(state, key)]:
@@ -27,11 +28,14 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
             raise MismatchError(f"{name}: {reason}")
         if int(found[0]) == FROZEN:
             raise MismatchError(
-                f"{name}: frozen in the checkpoint, but the recipe gives it no rule; use the recipe of the checkpoint"
+                f"{name}: frozen in the checkpoint, but the recipe gives it no rule; use the recipe of the "
+                "checkpoint"
             )
         _drop(state, stem)
     for stem, view in own.items():
-        wanted = {f"{stem}{name[len(view.prefix) :]}": view.home._buffers[name] for name in view.buffer_names}
+        wanted = {
+            f"{stem}{name[len(view.prefix) :]}": view.home._buffers[name] for name in view.buffer_names
+        }
         found = _found(state, stem)
         if found[0] is not None and (reason := broken(*found)):
             raise MismatchError(f"{view.name}: {reason}")
@@ -76,9 +80,16 @@ def _stems(view: WeightView) -> list[str]:
 def _is_phase(state: dict[str, Any], key: str) -> bool:
     """Whether a key is a view's, and not of a module that has a phase of its own."""
     named = key.endswith("phase") and _dense_key(key[:-5]) in state
-    return named and isinstance(state[key], Tensor) and state[key].dtype == torch.uint8 and state[key].dim() == 0
+    return (
+        named
+        and isinstance(state[key], Tensor)
+        and state[key].dtype == torch.uint8
+        and state[key].dim() == 0
+    )
 
 
 def _dense_key(stem: str) -> str:
-    """The key of the Parameter that a stem's buffers belong to: `a.b.` -> `a.b.weight`, `a.b.table_` -> `a.b.table`."""
+    """The key of the Parameter that a stem's buffers belong to: `a.b.` -> `a.b.weight`, `a.b.table_` ->
+    `a.b.table`.
+    """
     return stem + "weight" if stem == "" or stem.endswith(".") else stem[:-1]

@@ -1,9 +1,10 @@
-"""Which noise a forward pass draws: (seed, update, micro-batch, rank), and what lasts as long as the pass does; shared by
-all views of a model.
+"""Which noise a forward pass draws: (seed, update, micro-batch, rank), and what lasts as long as the pass
+does; shared by all views of a model.
 
-A pass begins with the outermost training forward of any module that carries views. Other modules that are called after it
-join it, until one comes again: `model.encode(x)` and `model.decode(h)`, or `model.forward(x)`, whose hooks nobody runs, are
-one pass. Outputs carry their pass into the backward pass, where activation checkpointing computes parts of it again.
+A pass begins with the outermost training forward of any module that carries views. Other modules that are
+called after it join it, until one comes again: `model.encode(x)` and `model.decode(h)`, or
+`model.forward(x)`, whose hooks nobody runs, are one pass. Outputs carry their pass into the backward pass,
+where activation checkpointing computes parts of it again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ Time = tuple[int, int]  # update, micro-batch
 
 @dataclass(eq=False)
 class Clock:
-    """Time as the noise sees it. Each pass is an update, unless an optimizer's steps are (`stepped`: passes are
-    micro-batches), or it was `pinned` by set_update.
+    """Time as the noise sees it. Each pass is an update, unless an optimizer's steps are (`stepped`: passes
+    are micro-batches), or it was `pinned` by set_update.
 
-    values: what shared views have read in the present outermost call; None between calls. followed: the optimizer's hook.
-    recipe: the one that the views are of.
+    values: what shared views have read in the present outermost call; None between calls. followed: the
+    optimizer's hook. recipe: the one that the views are of.
     """
 
     seed: int = 0
@@ -47,8 +48,10 @@ class Clock:
     _depth: int = 0  # calls of `outer` within itself
     _again: bool = False  # the call is made by a backward pass
     _ticked: bool = False  # the call has begun or joined a pass
-    _called: set[int] | None = None  # ids of modules called in training in the present pass; None: the next call begins one
-    _tasks: dict[int, Time] = field(default_factory=dict)  # autograd's id of a backward pass -> the pass it has come to
+    # ids of modules called in training in the present pass; None: the next call begins one
+    _called: set[int] | None = None
+    # autograd's id of a backward pass -> the pass it has come to
+    _tasks: dict[int, Time] = field(default_factory=dict)
 
     def pin(self, update: int, micro: int) -> None:
         """Set the update and micro-batch by hand, from now on."""
@@ -60,7 +63,9 @@ class Clock:
 
     @property
     def started(self) -> bool:
-        """Whether there was a training forward, follow or set_update: who reads a weight before is not training."""
+        """Whether there was a training forward, follow or set_update: who reads a weight before is not
+        training.
+        """
         return self.pinned or self.stepped or self.update > 0
 
     @property
@@ -72,20 +77,24 @@ class Clock:
     def time(self) -> Time:
         """Update and micro-batch of the pass that a read belongs to.
 
-        Raises ViewError in a backward pass that has come through no output of a pass: whose part it is cannot be told.
+        Raises ViewError in a backward pass that has come through no output of a pass: whose part it is
+        cannot be told.
         """
         if _backward() == -1:
             return self.update, max(self.micro, 0)
         found = self._time_again()
         if found is None:
             raise ViewError(
-                "a weight is computed again in backward, and of which pass cannot be told: checkpoint what a called module "
-                "does whose output the loss depends on, or call fairseq_qn.set_update(model, n) before each pass"
+                "a weight is computed again in backward, and of which pass cannot be told: checkpoint what "
+                "a called module "
+                "does whose output the loss depends on, or call fairseq_qn.set_update(model, n) before each "
+                "pass"
             )
         return found
 
     def _time_again(self) -> Time | None:
-        within = [task for task in self._tasks if task <= _backward()]  # a backward pass may run within another
+        # a backward pass may run within another
+        within = [task for task in self._tasks if task <= _backward()]
         return self._tasks[max(within)] if within else (self.update, self.micro) if self.pinned else None
 
     def shared(self) -> dict[str, Any] | None:
@@ -129,7 +138,9 @@ class Clock:
             self.update, self.micro = (self.update, self.micro + 1) if self.stepped else (self.update + 1, 0)
 
     def _come_to(self, at: Time, grads: Any) -> None:
-        """A backward pass has come to the outputs of the forward pass `at`; it comes to those of the latest first."""
+        """A backward pass has come to the outputs of the forward pass `at`; it comes to those of the latest
+        first.
+        """
         task = _backward()
         if task not in self._tasks:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._tasks.pop, task, None))
@@ -147,7 +158,9 @@ class Clock:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no pass of its own yet, and no optimizer to follow."""
-        return {key: getattr(self, key) for key in ("seed", "recipe", "update", "micro", "pinned")} | {"_tasks": {}}
+        return {key: getattr(self, key) for key in ("seed", "recipe", "update", "micro", "pinned")} | {
+            "_tasks": {}
+        }
 
 
 def _backward() -> int:
@@ -164,14 +177,16 @@ def _end(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def track(module: nn.Module, clock: Clock) -> bool:
-    """Let the clock know of the calls of each module that carries views or has parts that do; whether this one does.
+    """Let the clock know of the calls of each module that carries views or has parts that do; whether this
+    one does.
 
     Every module gets to know its clock, so that apply finds those of parts of a model.
     """
     inside = "_qn_views" in module.__dict__
     for child in module.children():
         inside |= track(child, clock)
-    module.__dict__["_qn_clock"] = clock  # the hooks find it there, also in a copy of the module, or under another parent
+    # the hooks find it there, also in a copy of the module, or under another parent
+    module.__dict__["_qn_clock"] = clock
     if inside and _begin not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_begin)
         module.register_forward_hook(_end, always_call=True)

@@ -1,10 +1,12 @@
-"""A digest of a view's phase and codes, in a buffer beside them, so that the mean of two checkpoints is not taken for one.
+"""A digest of a view's phase and codes, in a buffer beside them, so that the mean of two checkpoints is not
+taken for one.
 
-Codes and phases are names, and a mean of names is another: fairseq sums uint8 codes until they overflow, and torch's
-AveragedModel(use_buffers=True) rounds them. `digest`, int64 [5], holds two words of sha256(phase, codes), and how the codes
-were learned: (block_size, n_centroids, 0) or (bits, granularity, group_size). It is zero in phase FLOAT, whose codes mean
-nothing. Words have 24 bits, so that means of equal digests are exact in fp32 and in sums of int64: where averaged codes are
-right, since each stayed the same, so is their digest.
+Codes and phases are names, and a mean of names is another: fairseq sums uint8 codes until they overflow, and
+torch's AveragedModel(use_buffers=True) rounds them. `digest`, int64 [5], holds two words of sha256(phase,
+codes), and how the codes were learned: (block_size, n_centroids, 0) or (bits, granularity, group_size). It
+is zero in phase FLOAT, whose codes mean nothing. Words have 24 bits, so that means of equal digests are
+exact in fp32 and in sums of int64: where averaged codes are right, since each stayed the same, so is their
+digest.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from fairseq_qn.errors import MismatchError, ViewError
 from fairseq_qn.recipe import GRANULARITIES
 
 SIZE = 5
-_AVERAGED = "its phase and codes are not those of its digest: codes cannot be averaged; load a single checkpoint"
+_AVERAGED = (
+    "its phase and codes are not those of its digest: codes cannot be averaged; load a single checkpoint"
+)
 
 
 def sign(view: Any) -> None:
@@ -38,7 +42,9 @@ def check(view: Any) -> None:
 
 
 def complete(view: Any, state: MutableMapping[str, Any], stem: str) -> None:
-    """Check a view's buffers in a state dict, and give one of before there were digests its digest. Raises MismatchError."""
+    """Check a view's buffers in a state dict, and give one of before there were digests its digest. Raises
+    MismatchError.
+    """
     phase, codes = state.get(f"{stem}phase"), state.get(f"{stem}codes")
     if phase is None or (view.rule.scheme == "product") != (codes is not None):
         return  # of another recipe: whether that fits is for torch, or adopt, to say
@@ -52,7 +58,12 @@ def problem(view: Any, phase: Tensor, codes: Tensor | None, digest: Tensor | Non
     """Why these buffers are not what this view froze or learned, or None."""
     if reason := broken(phase, codes, digest):
         return reason
-    if int(phase) and codes is not None and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < view.n_centroids:
+    if (
+        int(phase)
+        and codes is not None
+        and codes.numel()
+        and not 0 <= int(codes.min()) <= int(codes.max()) < view.n_centroids
+    ):
         return f"expected codes below {view.n_centroids}, found {int(codes.min())} to {int(codes.max())}"
     if int(phase) and digest is not None and digest[2:].tolist() != _how(view):
         names = "block_size, n_centroids" if codes is not None else "bits, granularity, group_size"
@@ -65,13 +76,15 @@ def broken(phase: Tensor, codes: Tensor | None, digest: Tensor | None) -> str | 
     if any(not isinstance(found, Tensor) for found in (phase, codes, digest) if found is not None):
         return "expected tensors as phase, codes and digest; the checkpoint is damaged"
     if phase.dim() or phase.is_floating_point() or int(phase) not in (0, 1, 2):
-        return f"expected a phase of 0, 1 or 2, found {phase.tolist() if phase.numel() == 1 else list(phase.shape)}"
+        found = phase.tolist() if phase.numel() == 1 else list(phase.shape)
+        return f"expected a phase of 0, 1 or 2, found {found}"
     if codes is not None and codes.dtype not in (torch.uint8, torch.int32):
         return f"expected codes of uint8 or int32, found {codes.dtype}; the checkpoint is damaged"
     if digest is None:
         return None
     if digest.dtype != torch.int64 or digest.shape != (SIZE,):
-        return f"expected a digest int64 [{SIZE}], found {digest.dtype} {list(digest.shape)}; load another checkpoint"
+        found = f"{digest.dtype} {list(digest.shape)}"
+        return f"expected a digest int64 [{SIZE}], found {found}; load another checkpoint"
     words = digest.tolist()
     return None if words == _digest(int(phase), codes, words[2:]) else _AVERAGED
 
@@ -79,7 +92,11 @@ def broken(phase: Tensor, codes: Tensor | None, digest: Tensor | None) -> str | 
 def buffers_of(view: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """(phase, codes or None, digest)."""
     buffers = view.home._buffers
-    return buffers[f"{view.prefix}phase"], buffers.get(f"{view.prefix}codes"), buffers[f"{view.prefix}digest"]
+    return (
+        buffers[f"{view.prefix}phase"],
+        buffers.get(f"{view.prefix}codes"),
+        buffers[f"{view.prefix}digest"],
+    )
 
 
 def _digest(phase: int, codes: Tensor | None, how: list[int]) -> list[int]:
@@ -95,4 +112,8 @@ def _how(view: Any) -> list[int]:
     rule = view.rule
     if rule.scheme == "product":
         return [rule.block_size, view.n_centroids, 0]
-    return [rule.bits, GRANULARITIES.index(rule.granularity), rule.group_size if rule.granularity == "group" else 0]
+    return [
+        rule.bits,
+        GRANULARITIES.index(rule.granularity),
+        rule.group_size if rule.granularity == "group" else 0,
+    ]

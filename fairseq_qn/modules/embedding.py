@@ -21,7 +21,9 @@ class PQEmbedding(PQ, nn.Embedding):
         if self.qn_padding_idx is None:
             return rows
         is_pad = (input == self.qn_padding_idx).unsqueeze(-1)
-        return rows.masked_fill(is_pad, 0) if self.pad_row is None else torch.where(is_pad, self.pad_row, rows)
+        return (
+            rows.masked_fill(is_pad, 0) if self.pad_row is None else torch.where(is_pad, self.pad_row, rows)
+        )
 
 
 class IntEmbedding(Int, nn.Embedding):
@@ -33,7 +35,10 @@ class IntEmbedding(Int, nn.Embedding):
             return _clipped(self, input)
         rows, columns = self.qn_shape
         ranges = max(1, len(self.scale) // rows)  # of each row
-        scale, zero = (F.embedding(input, t.view(-1, ranges).expand(rows, -1)).flatten() for t in (self.scale, self.zero))
+        scale, zero = (
+            F.embedding(input, t.view(-1, ranges).expand(rows, -1)).flatten()
+            for t in (self.scale, self.zero)
+        )
         levels = F.embedding(input, self.levels.view(rows, columns)).view(-1, columns // ranges)
         return dequantize(Integers(levels, scale, zero), (*input.shape, columns), self.scale.dtype)
 

@@ -36,25 +36,39 @@ class Plan:
         return codec.FLOATS[self.manifest["parts"]]
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
-        """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding: fp32 at least."""
+        """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding:
+        fp32 at least.
+        """
         if isinstance(tensor, nn.Parameter):
             return self.dtype
-        return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        return (
+            torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        )
 
     def size(self) -> int:
-        """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of exponents."""
+        """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of
+        exponents.
+        """
         layers, exponents = self.manifest["layers"], self.manifest["exponents"]
         for name, view in self.views.items():
             if view.phase == FROZEN and view.rule.scheme == "product":
                 layers[name]["exponent"] = codec.exponent_of(_codebook(view), self.dtype)
             if "pad" in layers[name]:
                 layers[name]["pad"] = codec.exponent_of(_pad(view), self.dtype)
-        found = {name: codec.exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()}
+        found = {
+            name: codec.exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()
+        }
         exponents |= {name: exponent for name, exponent in found.items() if exponent}
-        specs = {f"{n}/{part}": spec for n, e in layers.items() for part, spec in codec.layout(e, self.dtype).items()}
+        specs = {
+            f"{n}/{part}": spec
+            for n, e in layers.items()
+            for part, spec in codec.layout(e, self.dtype).items()
+        }
         for name, tensor in self.dense.items():
             specs[name] = (self.dtype_of(tensor), tuple(tensor.shape))
-        specs |= {manifest.ASSET + name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()}
+        specs |= {
+            manifest.ASSET + name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()
+        }
         return container.predict_bytes(specs, self.manifest)
 
     def encode(self) -> dict[str, Tensor]:
@@ -64,20 +78,27 @@ class Plan:
             entry = self.manifest["layers"][name]
             parts = _encode(view, entry, self.dtype)
             if not codec.all_finite(entry, parts):
-                raise NonFiniteWeight(f"{view.name}: frozen with NaN or Inf; nothing was written, save an earlier checkpoint")
+                raise NonFiniteWeight(
+                    f"{view.name}: frozen with NaN or Inf; nothing was written, save an earlier checkpoint"
+                )
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
             tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype_of(tensor))
-            if tensor.dtype == torch.float64 and not torch.equal(tensors[name].isfinite(), tensor.isfinite()):
+            if tensor.dtype == torch.float64 and not torch.equal(
+                tensors[name].isfinite(), tensor.isfinite()
+            ):
                 largest = float(tensor.detach().abs().max())
-                raise EncodeError(f"{name}: expected values that fp32 holds, found {largest:.1e}; scale them down")
+                raise EncodeError(
+                    f"{name}: expected values that fp32 holds, found {largest:.1e}; scale them down"
+                )
             if exponent:
                 self.manifest["exponents"][name] = exponent
         return tensors | {manifest.ASSET + name: data for name, data in self.files.items()}
 
 
 def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
-         assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None) -> Plan:  # fmt: skip
+         assets: Mapping[str, bytes] | None = None,
+         source: Mapping[str, Any] | None = None) -> Plan:  # fmt: skip
     """Decide what is stored under which name. Raises UnsupportedError for unknown `parts` or `drop`."""
     if parts not in codec.FLOATS:
         raise UnsupportedError(f"save: parts: expected one of {list(codec.FLOATS)}, found {parts!r}")
@@ -94,17 +115,29 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         if view is not None and keys:
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
-            stems = [key[: -len(view.attribute)] for owner in owners if owner.module is view.home for key in owner.keys]
+            stems = [
+                key[: -len(view.attribute)]
+                for owner in owners
+                if owner.module is view.home
+                for key in owner.keys
+            ]
             buffers |= {stem + name for stem in stems for name in view.buffer_names}
         if len(keys) > 1:
             ties.append(keys)
     source, files = _source(model, source, assets)
     packed = {name: manifest.pack_asset(data) for name, data in files.items()}
     content = {
-        "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
-        "layers": {name: _entry(view) for name, view in views.items()}, "exponents": {}, "ties": ties,
-        "dropped": list(drop), "source": source, "assets": {name: entry for name, (entry, _) in packed.items()},
-    }  # fmt: skip
+        "version": manifest.VERSION,
+        "producer": PRODUCER,
+        "recipe": recipe.to_dict(),
+        "parts": parts,
+        "layers": {name: _entry(view) for name, view in views.items()},
+        "exponents": {},
+        "ties": ties,
+        "dropped": list(drop),
+        "source": source,
+        "assets": {name: entry for name, (entry, _) in packed.items()},
+    }
     if "builder" not in (source or {}):  # else the file's own model is built anew
         content["modules"] = kinds_of(model, drop)
     skip = {*views, *buffers, *(other for _, *others in ties for other in others)}

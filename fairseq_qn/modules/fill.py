@@ -1,4 +1,6 @@
-"""Put the weights of a file into a dense model: decoded (mode "dense"), or packed as they are (mode "packed")."""
+"""Put the weights of a file into a dense model: decoded (mode "dense"), or packed as they are (mode
+"packed").
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _INT = {nn.Linear: IntLinear, nn.Embedding: IntEmbedding, nn.Conv2d: IntConv2d}
 
 @dataclass(frozen=True)
 class ProductWeight:
-    """codes [out_features, blocks a row] and codebook fp32 [K, d] of a weight of this shape; pad: its pad row, if not zero."""
+    """codes [out_features, blocks a row] and codebook fp32 [K, d] of a weight of this shape; pad: its pad
+    row, if not zero.
+    """
 
     codes: Tensor
     codebook: Tensor
@@ -68,7 +72,9 @@ class DroppedError(UnsupportedError, AttributeError):
 
 
 class Dropped(nn.Module):
-    """What stands in for a module that was left out of the file: to call it or to read anything of it is a DroppedError."""
+    """What stands in for a module that was left out of the file: to call it or to read anything of it is a
+    DroppedError.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -76,7 +82,9 @@ class Dropped(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> None:
         """Raises DroppedError."""
-        raise DroppedError(f"{self.name}: was left out of the file when it was saved; save it without drop to use it")
+        raise DroppedError(
+            f"{self.name}: was left out of the file when it was saved; save it without drop to use it"
+        )
 
     __iter__ = __len__ = __getitem__ = forward
 
@@ -88,15 +96,20 @@ class Dropped(nn.Module):
 
 
 def check_fits(
-    model: nn.Module, shapes: Mapping[str, Sequence[int]], ties: Sequence[Sequence[str]], dropped: Sequence[str]
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    ties: Sequence[Sequence[str]],
+    dropped: Sequence[str],
 ) -> None:
-    """Raise MismatchError unless `shapes` (name -> shape, ties by their first name) are exactly the model's tensors, and what
-    the model ties is tied in the file.
+    """Raise MismatchError unless `shapes` (name -> shape, ties by their first name) are exactly the model's
+    tensors, and what the model ties is tied in the file.
     """
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in dropped:
         if name not in modules:
-            raise MismatchError(f"{name}: left out of the file, but the model has no such module; load it into its own model")
+            raise MismatchError(
+                f"{name}: left out of the file, but the model has no such module; load it into its own model"
+            )
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if not _under(name, dropped)}
     wanted = {name: list(t.shape) for name, t in state.items()}
     found = {name: list(shape) for name, shape in shapes.items()}
@@ -104,11 +117,13 @@ def check_fits(
     for name, shape in wanted.items():
         if name not in found:
             raise MismatchError(
-                f"{name}: the model has it, the file has not ({_missing(wanted, found)}); load it into its own model"
+                f"{name}: the model has it, the file has not ({_missing(wanted, found)}); load it into its "
+                "own model"
             )
         if found[name] != shape:
             raise MismatchError(
-                f"{name}: shape: expected {shape}, found {found[name]} in the file; load it into its own model"
+                f"{name}: shape: expected {shape}, found {found[name]} in the file; load it into its own "
+                "model"
             )
     extra = sorted(set(found) - set(wanted))
     if extra:
@@ -119,7 +134,9 @@ def check_fits(
 
 
 def _check_ties(state: Mapping[str, Tensor], ties: Sequence[Sequence[str]]) -> None:
-    """Two weights of the file cannot share a Parameter. What it ties may be apart in the model: `fill` ties it."""
+    """Two weights of the file cannot share a Parameter. What it ties may be apart in the model: `fill` ties
+    it.
+    """
     home = {name: names[0] for names in ties for name in names}
     first: dict[int, str] = {}
     for name, tensor in state.items():
@@ -132,9 +149,17 @@ def _check_ties(state: Mapping[str, Tensor], ties: Sequence[Sequence[str]]) -> N
 
 
 @torch.no_grad()
-def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Tensor], ties: Sequence[Sequence[str]],
-         dropped: Sequence[str], mode: str) -> None:  # fmt: skip
-    """Fill a dense model that check_fits has passed, in place. A model on the meta device gets its tensors here."""
+def fill(
+    model: nn.Module,
+    layers: Mapping[str, Weight],
+    dense: Mapping[str, Tensor],
+    ties: Sequence[Sequence[str]],
+    dropped: Sequence[str],
+    mode: str,
+) -> None:
+    """Fill a dense model that check_fits has passed, in place. A model on the meta device gets its tensors
+    here.
+    """
     for name in dropped:
         parent, attribute = _home(model, name)
         setattr(parent, attribute, Dropped(name))
@@ -156,10 +181,12 @@ def fill(model: nn.Module, layers: Mapping[str, Weight], dense: Mapping[str, Ten
     for weight, home, owners in packed:
         weight.into(home)
         for module, attribute in owners:
-            if attribute in module._parameters:  # not the home, nor a module that goes by two names a second time
+            # not the home, nor a module that goes by two names a second time
+            if attribute in module._parameters:
                 tie(module, attribute, home)
     for module in model.modules() if packed else ():
-        if hasattr(module, "_set_skip_embed_dim_check"):  # fairseq's attention: to call its projections, not read them
+        # fairseq's attention: to call its projections, not read them
+        if hasattr(module, "_set_skip_embed_dim_check"):
             module._set_skip_embed_dim_check()
 
 

@@ -1,4 +1,6 @@
-"""A plain loop's optimizer as the clock of the noise: its steps are the updates, passes between them the micro-batches."""
+"""A plain loop's optimizer as the clock of the noise: its steps are the updates, passes between them the
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from fairseq_qn.modules.view import views_of
 
 
 def follow(model: nn.Module, optimizer: torch.optim.Optimizer, update: int = 0) -> RemovableHandle:
-    """Let the noise of `model` go by the optimizer's steps: p by its knots, exact noise refreshed every `refresh` updates.
+    """Let the noise of `model` go by the optimizer's steps: p by its knots, exact noise refreshed every
+    `refresh` updates.
 
-    update: steps made before, where training resumes: the same number draws the same masks. Steps that a gradient scaler
-    leaves out do not count. Of several optimizers give the one that steps last. A second call takes the first one's place,
-    set_update's too. The handle's remove() stops the count. Codes that exact noise lacks are learned here.
-    Raises UnsupportedError for a model without views or what is no optimizer, NonFiniteWeight.
+    update: steps made before, where training resumes: the same number draws the same masks. Steps that a
+    gradient scaler leaves out do not count. Of several optimizers give the one that steps last. A second
+    call takes the first one's place, set_update's too. The handle's remove() stops the count. Codes that
+    exact noise lacks are learned here. Raises UnsupportedError for a model without views or what is no
+    optimizer, NonFiniteWeight.
     """
     views = list(views_of(model))
     if not views or not isinstance(optimizer, torch.optim.Optimizer):

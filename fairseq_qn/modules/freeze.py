@@ -1,7 +1,7 @@
 """Learn codes for views: to freeze a stage, or to refresh the codebooks of exact noise.
 
-With several processes each layer is learned by one of them and broadcast, so that all hold the same codes and the time
-is shared out.
+With several processes each layer is learned by one of them and broadcast, so that all hold the same codes
+and the time is shared out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Progress = Callable[[Sequence[WeightView]], Iterable[WeightView]]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What quantising one layer cost: `error` is ||W - W'||^2 / ||W||^2, `seconds` the time here (0 if another rank's)."""
+    """What quantising one layer cost: `error` is ||W - W'||^2 / ||W||^2, `seconds` the time here (0 if
+    another rank's).
+    """
 
     name: str
     stage: str
@@ -53,7 +55,9 @@ def freeze_views(
 def refresh_views(
     views: Sequence[WeightView], *, iterations: int = 5, progress: Progress | None = None
 ) -> list[LayerReport]:
-    """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means starts."""
+    """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means
+    starts.
+    """
     views = [view for view in views if view.needs_codes and view.phase != FROZEN]
     for view in views:
         _check_finite(view)
@@ -64,7 +68,9 @@ def refresh_views(
 
 
 def refresh_due(views: Sequence[WeightView], update: int, micro: int = 0) -> None:
-    """Learn what exact noise lacks, and at the first micro-batch of an update what its `refresh` says is due."""
+    """Learn what exact noise lacks, and at the first micro-batch of an update what its `refresh` says is
+    due.
+    """
     refresh_views(
         [
             v for v in views if v.phase != CODED
@@ -85,7 +91,9 @@ def _check_finite(view: WeightView) -> None:
     weight = view.weight.detach()
     if bad := count_nonfinite(weight.float()):
         where = " in fp32" if weight.dtype == torch.float64 else ""
-        raise NonFiniteWeight(f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf{where}; nothing was frozen")
+        raise NonFiniteWeight(
+            f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf{where}; nothing was frozen"
+        )
 
 
 @torch.no_grad()
@@ -105,20 +113,25 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
         for view in views:
             if view.rule.scheme == "product":
                 torch.distributed.broadcast(view.codes, owner[view.name])
-                view.codes.add_(0)  # a broadcast does not count as a write: tell caches that the codes changed
+                # a broadcast does not count as a write: tell caches that the codes changed
+                view.codes.add_(0)
                 sign(view)
         errors = _all_errors(views, errors)
     return [
-        LayerReport(v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0))
+        LayerReport(
+            v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0)
+        )
         for v in views
-    ]  # fmt: skip
+    ]
 
 
 def _all_errors(views: Sequence[WeightView], own: dict[str, float]) -> dict[str, float]:
     """The errors of all layers, each from the rank that learned it."""
     if not views:
         return {}
-    errors = torch.tensor([own.get(view.name, 0.0) for view in views], dtype=torch.float64, device=views[0].weight.device)
+    errors = torch.tensor(
+        [own.get(view.name, 0.0) for view in views], dtype=torch.float64, device=views[0].weight.device
+    )
     torch.distributed.all_reduce(errors)
     return {view.name: error for view, error in zip(views, errors.tolist(), strict=True)}
 
@@ -138,12 +151,15 @@ def _learn(view: WeightView, iterations: int) -> float:
     if view.rule.scheme != "product":
         return distortion(view)
     weight, rule, pad = view.weight.detach(), view.rule, view.padding_idx
-    start = None if view.phase == FLOAT else product.codebook_of(weight, view.groups, rule.block_size).float()
+    start = (
+        None if view.phase == FLOAT else product.codebook_of(weight, view.groups, rule.block_size).float()
+    )
     codes, clusters = product.learn(
         weight, rule.block_size, view.n_centroids, padding_idx=pad, iterations=iterations,
         seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
     )  # fmt: skip
     view.codes.copy_(codes)
     sign(view)
-    total = clusters.energy + (0.0 if pad is None else float(weight[pad].double().square().sum()))  # the pad row is exact
+    # the pad row is exact
+    total = clusters.energy + (0.0 if pad is None else float(weight[pad].double().square().sum()))
     return clusters.objective / total if total > 0 else 0.0

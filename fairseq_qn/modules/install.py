@@ -1,7 +1,8 @@
-"""A view takes the place of a module's weight: the class of the module *instance* is swapped for a subclass with a property.
+"""A view takes the place of a module's weight: the class of the module *instance* is swapped for a subclass
+with a property.
 
-So code that reads `.weight` without calling the module is reached, and what would go past the view, or take its Parameter
-away, is refused by name.
+So code that reads `.weight` without calling the module is reached, and what would go past the view, or take
+its Parameter away, is refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ def install(module: nn.Module, attribute: str, view: WeightView) -> None:
 def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
     body = {attribute: _view_property(attribute) for attribute in attributes}
-    body |= {"_qn_base": base, "__setattr__": _set_attribute, "__reduce_ex__": _reduce, "__delattr__": _delete_attribute}
+    body |= {
+        "_qn_base": base,
+        "__setattr__": _set_attribute,
+        "__reduce_ex__": _reduce,
+        "__delattr__": _delete_attribute,
+    }
     body |= {"register_parameter": _register_parameter, "_replicate_for_data_parallel": _replicate}
     body |= {"__prepare_scriptable__": _script, "_load_from_state_dict": _load}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
@@ -55,22 +61,29 @@ def _view_property(attribute: str) -> property:
         except (
             AttributeError
         ) as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
-            raise ViewError(f"{type(self).__name__}.{attribute}: the view cannot be read: {error}") from error
+            raise ViewError(
+                f"{type(self).__name__}.{attribute}: the view cannot be read: {error}"
+            ) from error
 
     return property(get)
 
 
 def _set_attribute(self: nn.Module, name: str, value: object) -> None:
-    """Assigning what was read from a view assigns its Parameter: fairseq's trainer so restores ties after a move."""
+    """Assigning what was read from a view assigns its Parameter: fairseq's trainer so restores ties after a
+    move.
+    """
     if name in self.__dict__.get("_qn_views", ()):
         if not isinstance(value, (nn.Parameter, type(None))):
             read, value = value, getattr(value, "_qn_parameter", None)
             if value is None:
                 raise UnsupportedError(
-                    f"{type(self).__name__}.{name}: a viewed weight takes a Parameter, found {kind(read)}; {SHARDED}"
+                    f"{type(self).__name__}.{name}: a viewed weight takes a Parameter, found {kind(read)}; "
+                    f"{SHARDED}"
                 )
         if type(value).__name__ == "DTensor":
-            raise UnsupportedError(f"{type(self).__name__}.{name}: a viewed weight cannot be sharded (FSDP2); {SHARDED}")
+            raise UnsupportedError(
+                f"{type(self).__name__}.{name}: a viewed weight cannot be sharded (FSDP2); {SHARDED}"
+            )
     nn.Module.__setattr__(self, name, value)
 
 
@@ -81,7 +94,9 @@ def _delete_attribute(self: nn.Module, name: str) -> None:
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """The weight's parts as torch.nn.utils names them are refused; weight_norm has taken the weight away by then."""
+    """The weight's parts as torch.nn.utils names them are refused; weight_norm has taken the weight away by
+    then.
+    """
     for attribute, view in self._qn_views.items():
         if name in (f"{attribute}_g", f"{attribute}_v", f"{attribute}_orig"):
             if attribute not in self._parameters:
@@ -93,7 +108,9 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 
 def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """torch's loading of this module alone, once phases and codes have been checked. Raises MismatchError."""
+    """torch's loading of this module alone, once phases and codes have been checked. Raises
+    MismatchError.
+    """
     for view in self._qn_views.values():
         if view.home is self:
             digest.complete(view, state, prefix + view.prefix)
@@ -101,12 +118,15 @@ def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> No
 
 
 def _replicate(self: nn.Module) -> nn.Module:
-    raise UnsupportedError(f"{type(self).__name__}: the replicas of nn.DataParallel have no Parameter to read; {SHARDED}")
+    raise UnsupportedError(
+        f"{type(self).__name__}: the replicas of nn.DataParallel have no Parameter to read; {SHARDED}"
+    )
 
 
 def _script(self: nn.Module) -> nn.Module:
     raise UnsupportedError(
-        f"{type(self).__name__}: torch.jit cannot script a view; save the model with fairseq_qn.save and script what "
+        f"{type(self).__name__}: torch.jit cannot script a view; save the model with fairseq_qn.save and "
+        "script what "
         "fairseq_qn.load gives"
     )
 

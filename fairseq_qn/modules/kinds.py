@@ -1,4 +1,6 @@
-"""What the modules of a model are, beyond their tensors: so that no file is loaded into a model that only has its shapes."""
+"""What the modules of a model are, beyond their tensors: so that no file is loaded into a model that only
+has its shapes.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ from fairseq_qn.errors import MismatchError
 
 # attributes that change what a module answers from the same tensors
 _OPTIONS = (
-    "eps", "num_heads", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "num_groups",
+    "eps", "num_heads", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups",
+    "num_groups",
     "padding_mode", "padding_idx", "max_norm", "norm_type", "approximate", "negative_slope", "nonlinearity",
     "bidirectional", "batch_first", "ceil_mode", "dim",
 )  # fmt: skip
 
 
 def kinds_of(model: nn.Module, dropped: Sequence[str] = ()) -> dict[str, list[str]]:
-    """kind -> names of the modules that are of it, `dropped` ones left out. A kind is a class and its options, as text."""
+    """kind -> names of the modules that are of it, `dropped` ones left out. A kind is a class and its
+    options, as text.
+    """
     kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not any(name == other or name.startswith(f"{other}.") for other in dropped):
@@ -30,7 +35,11 @@ def kinds_of(model: nn.Module, dropped: Sequence[str] = ()) -> dict[str, list[st
 def kind_of(module: nn.Module) -> str:
     """The name of a module's class, and its options: "LayerNorm eps=1e-05"."""
     # torch's private variants of its layers go by the public name: they come and go with its releases
-    public = (c for c in type(module).__mro__ if not c.__module__.startswith("torch.") or getattr(nn, c.__name__, None) is c)
+    public = (
+        c
+        for c in type(module).__mro__
+        if not c.__module__.startswith("torch.") or getattr(nn, c.__name__, None) is c
+    )
     return " ".join([next(public).__name__, *_options(module)])
 
 
@@ -53,7 +62,8 @@ def _difference(cls: str, options: list[str], module: nn.Module) -> str | None:
     if options == found:
         return None
     wanted, other = ([o for o in a if o not in b] for a, b in ((options, found), (found, options)))
-    return f"expected {cls} with {short(' '.join(wanted) or 'no more')}, as saved, found {short(' '.join(other) or 'none')}"
+    expected = short(" ".join(wanted) or "no more")
+    return f"expected {cls} with {expected}, as saved, found {short(' '.join(other) or 'none')}"
 
 
 def _options(module: nn.Module) -> list[str]:
@@ -67,4 +77,8 @@ def _text(value: Any) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, (bool, int, float, str))
+    return (
+        all(map(_is_plain, value))
+        if isinstance(value, tuple)
+        else isinstance(value, (bool, int, float, str))
+    )

@@ -16,7 +16,9 @@ from fairseq_qn.kernels import native
 
 aten = torch.ops.aten
 _PLAIN = (Tensor, nn.Parameter)
-_WRITES = re.compile(r"[a-z].*_|__(set|setitem|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))__")
+_WRITES = re.compile(
+    r"[a-z].*_|__(set|setitem|i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))__"
+)
 
 
 class Source(Protocol):
@@ -26,22 +28,28 @@ class Source(Protocol):
         """The weight, dense."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias) without the dense weight, in the dtype of x; autograd must not record it."""
+        """F.linear(x, weight, bias) without the dense weight, in the dtype of x; autograd must not record
+        it.
+        """
 
 
 class LazyWeight(Tensor):
-    """Stands for a weight [out_features, in_features], or its transpose, of the shape, dtype and device of the dense one.
+    """Stands for a weight [out_features, in_features], or its transpose, of the shape, dtype and device of
+    the dense one.
 
-    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source, with gradients of x and b; every other
-    operation gets the dense weight, but none may write to it. It has no storage: what reads memory without torch has to ask
-    for `decoded()` of the layer.
+    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source, with gradients of x and
+    b; every other operation gets the dense weight, but none may write to it. It has no storage: what reads
+    memory without torch has to ask for `decoded()` of the layer.
 
-    Products are caught above autograd (__torch_function__): the first call that reaches __torch_dispatch__ makes torch import
-    its distributed tensors, which takes longer than many an answer. What gets there gets the dense weight.
+    Products are caught above autograd (__torch_function__): the first call that reaches __torch_dispatch__
+    makes torch import its distributed tensors, which takes longer than many an answer. What gets there gets
+    the dense weight.
     """
 
     @staticmethod
-    def __new__(cls, source: Source, shape: Sequence[int], like: Tensor, transposed: bool = False) -> LazyWeight:
+    def __new__(
+        cls, source: Source, shape: Sequence[int], like: Tensor, transposed: bool = False
+    ) -> LazyWeight:
         shape = shape[::-1] if transposed else shape
         return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
@@ -70,7 +78,11 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _PRODUCTS:
@@ -81,7 +93,8 @@ class LazyWeight(Tensor):
         named = getattr(func, "__name__", "")
         if _WRITES.fullmatch(named) and type(args[0] if args else kwargs.get("tensor")) is LazyWeight:
             raise UnsupportedError(
-                f'{named}: a packed weight is read-only; load the file with mode="dense" to change or train its weights'
+                f'{named}: a packed weight is read-only; load the file with mode="dense" to change or train '
+                "its weights"
             )
         if named in _OF_THE_SHAPE:
             with torch._C.DisableTorchFunctionSubclass():
@@ -90,13 +103,19 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         return args[0] if func is aten.detach.default else _with_dense(func, args, kwargs or {})
 
 
 class _Product(torch.autograd.Function):
-    """The product by a source, which decodes the weight once more for the gradient of x instead of keeping it."""
+    """The product by a source, which decodes the weight once more for the gradient of x instead of keeping
+    it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, source: Source) -> Tensor:
@@ -127,11 +146,24 @@ def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if _autocast_on("cpu"):
         x, bias, dtype = _autocast(x), _autocast(bias), _autocast(weight.like).dtype
     rank_2, (out_features, in_features) = "mat2" in roles, weight.weight_shape
-    if weight.transposed is not transposed or x.dim() == 0 or (rank_2 and x.dim() != 2) or x.shape[-1] != in_features:
+    if (
+        weight.transposed is not transposed
+        or x.dim() == 0
+        or (rank_2 and x.dim() != 2)
+        or x.shape[-1] != in_features
+    ):
         return None
-    if x.dtype != dtype or x.device != weight.like.device or x.layout != torch.strided or x.numel() == 0 or native.watched():
+    if (
+        x.dtype != dtype
+        or x.device != weight.like.device
+        or x.layout != torch.strided
+        or x.numel() == 0
+        or native.watched()
+    ):
         return None
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype != dtype or bias.device != x.device):
+    if bias is not None and (
+        bias.shape != (out_features,) or bias.dtype != dtype or bias.device != x.device
+    ):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Product.apply(x, bias, weight.source)
@@ -157,7 +189,9 @@ else:  # torch below 2.4
 
 
 def _with_dense(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, LazyWeight) else v, (list(args), dict(kwargs)))
+    args, kwargs = tree_map(
+        lambda v: v.dense() if isinstance(v, LazyWeight) else v, (list(args), dict(kwargs))
+    )
     return func(*args, **kwargs)
 
 
@@ -171,5 +205,16 @@ _PRODUCTS: dict[Any, tuple[dict[str, str], bool]] = {
     torch.addmm: _ADDMM, Tensor.addmm: _ADDMM,
 }  # fmt: skip
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__}
-_OF_THE_SHAPE = {"__get__", "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "__len__",
-                 "is_complex", "get_device"}  # fmt: skip
+_OF_THE_SHAPE = {
+    "__get__",
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "is_floating_point",
+    "__len__",
+    "is_complex",
+    "get_device",
+}

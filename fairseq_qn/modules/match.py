@@ -15,7 +15,9 @@ _TYPES = tuple(getattr(nn, name) for name in MODULE_TYPES)
 
 @dataclass(frozen=True)
 class Owner:
-    """One place where a Parameter is registered: the module, its first name, all of its names, and the attribute."""
+    """One place where a Parameter is registered: the module, its first name, all of its names, and the
+    attribute.
+    """
 
     module: nn.Module
     name: str
@@ -35,7 +37,9 @@ class Owner:
 
 @dataclass(frozen=True)
 class Match:
-    """A Parameter and the rule that takes it. `home` is the owner whose name matched; `owners` holds all, home included."""
+    """A Parameter and the rule that takes it. `home` is the owner whose name matched; `owners` holds all,
+    home included.
+    """
 
     rule: Rule
     home: Owner
@@ -66,7 +70,9 @@ class Coverage:
         by_stage: dict[str, list[int]] = {}
         for rule, size in self.matched.values():
             by_stage.setdefault(rule.stage, []).append(size)
-        stages = ", ".join(f"{stage}: {len(sizes)} layers, {sum(sizes):,} weights" for stage, sizes in by_stage.items())
+        stages = ", ".join(
+            f"{stage}: {len(sizes)} layers, {sum(sizes):,} weights" for stage, sizes in by_stage.items()
+        )
         dense = sum(self.kept.values()) + sum(self.left.values())
         largest = sorted(self.left.items(), key=lambda item: -item[1])[:3]
         left = ", ".join(f"{name} {size:,}" for name, size in largest)
@@ -92,7 +98,8 @@ def owners_of(model: nn.Module) -> list[list[Owner]]:
 
 
 def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[list[Match], Coverage]:
-    """Decide for each Parameter. `keep` goes first, then the first rule that names any of its quantisable owners.
+    """Decide for each Parameter. `keep` goes first, then the first rule that names any of its quantisable
+    owners.
 
     Raises NoLayerMatched, if strict, for a rule, a `keep` or a stage that takes nothing.
     """
@@ -123,7 +130,9 @@ def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[lis
 
 def _keep(recipe: Recipe, owners: list[Owner]) -> str | None:
     names = [name for owner in owners for name in owner.names]
-    return next((pattern for pattern in recipe.keep if any(re.fullmatch(pattern, name) for name in names)), None)
+    return next(
+        (pattern for pattern in recipe.keep if any(re.fullmatch(pattern, name) for name in names)), None
+    )
 
 
 def _rule(recipe: Recipe, owners: list[Owner]) -> Match | None:
@@ -139,7 +148,12 @@ def _rule(recipe: Recipe, owners: list[Owner]) -> Match | None:
 
 
 def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: list[list[Owner]]) -> None:
-    known = [o.name for owners in groups for o in owners if isinstance(o.module, _TYPES) and o.attribute == "weight"]
+    known = [
+        o.name
+        for owners in groups
+        for o in owners
+        if isinstance(o.module, _TYPES) and o.attribute == "weight"
+    ]
     shown = ", ".join(known[:4]) + (f", ... ({len(known)})" if len(known) > 4 else "")
     for index, rule in enumerate(recipe.rules):
         if id(rule) not in used and not rule.optional:
@@ -150,13 +164,18 @@ def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: lis
                 if shadowed
                 else "no layer has such a name"
             )
-            raise NoLayerMatched(f"rules[{index}] layers {rule.layers!r}: {why}; quantisable layers: {shown}")
+            raise NoLayerMatched(
+                f"rules[{index}] layers {rule.layers!r}: {why}; quantisable layers: {shown}"
+            )
     for pattern in recipe.keep:
         if pattern not in used:
             raise NoLayerMatched(
-                f"keep {pattern!r}: no module with weights has such a name, or an earlier line has them all; "
+                f"keep {pattern!r}: no module with weights has such a name, or an earlier line has them "
+                "all; "
                 f"quantisable layers: {shown}"
             )
     for stage in recipe.stages:
         if stage.name not in stages:
-            raise NoLayerMatched(f"stage {stage.name!r}: its rules match no layer; quantisable layers: {shown}")
+            raise NoLayerMatched(
+                f"stage {stage.name!r}: its rules match no layer; quantisable layers: {shown}"
+            )

@@ -1,8 +1,10 @@
-"""Compressed modules: a loaded model's layers that hold codes and codebooks, or integers, instead of a dense weight.
+"""Compressed modules: a loaded model's layers that hold codes and codebooks, or integers, instead of a dense
+weight.
 
-They are made from dense modules by swapping the instance's class, so every attribute (stride, padding_idx, bias, ...) stays,
-and `.weight` stands in for the dense weight when read, so that attention and tied heads, which never call the layer, read it
-too: products with it are computed from the codes (lazy.py), and whatever else asks gets it decoded.
+They are made from dense modules by swapping the instance's class, so every attribute (stride, padding_idx,
+bias, ...) stays, and `.weight` stands in for the dense weight when read, so that attention and tied heads,
+which never call the layer, read it too: products with it are computed from the codes (lazy.py), and whatever
+else asks gets it decoded.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Packed(nn.Module):
 
 
 class PQ(Packed):
-    """Mixin: codes [out_features, blocks a row] and codebook [K, d] in place of the weight; pad_row, if there is one."""
+    """Mixin: codes [out_features, blocks a row] and codebook [K, d] in place of the weight; pad_row, if
+    there is one.
+    """
 
     @property
     def weight(self) -> Tensor:
@@ -51,7 +55,9 @@ class PQ(Packed):
         return decode(self.codes, self.codebook, self.qn_shape, self.qn_padding_idx, self.pad_row)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias) by lookup, in x's dtype, which sums are rounded to; x [..., in_features]. Not recorded."""
+        """F.linear(x, weight, bias) by lookup, in x's dtype, which sums are rounded to; x [...,
+        in_features]. Not recorded.
+        """
         dtype, pad = x.dtype, self.qn_padding_idx
         bias = None if bias is None else bias.float()
         y = lookup.linear(x.float(), self.codes, self.codebook.to(dtype).float(), bias)
@@ -62,7 +68,12 @@ class PQ(Packed):
         return y.to(dtype)
 
     def pack(
-        self, codes: Tensor, codebook: Tensor, shape: tuple[int, ...], padding_idx: int | None, pad: Tensor | None = None
+        self,
+        codes: Tensor,
+        codebook: Tensor,
+        shape: tuple[int, ...],
+        padding_idx: int | None,
+        pad: Tensor | None = None,
     ) -> None:
         """Take the place of the dense weight."""
         self.qn_shape, self.qn_padding_idx = shape, padding_idx
@@ -85,7 +96,8 @@ class Int(Packed):
         return dequantize(Integers(self.levels, self.scale, self.zero), self.qn_shape, self.scale.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias) in x's dtype, some rows of the weight at a time, which a core's cache holds.
+        """F.linear(x, weight, bias) in x's dtype, some rows of the weight at a time, which a core's cache
+        holds.
 
         x [..., in_features]. Not to be recorded: the rows lie in memory that the next kernel overwrites.
         """
@@ -105,7 +117,8 @@ class Int(Packed):
     def _rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows begin .. end of the weight, in memory that the next kernel overwrites."""
         out, columns = self.qn_shape
-        levels, ranges = self.levels.view(out, columns)[begin:end], len(self.scale) // out  # 0: one range for all
+        # 0: one range for all
+        levels, ranges = self.levels.view(out, columns)[begin:end], len(self.scale) // out
         part = slice(begin * ranges, end * ranges) if ranges else slice(None)
         levels = levels.reshape(-1, self.levels.shape[1] if ranges else levels.numel())
         integers = Integers(levels, self.scale[part], self.zero[part])
@@ -120,7 +133,9 @@ class Int(Packed):
 
 
 def swap(module: nn.Module, mixin: type, special: dict[type, type]) -> None:
-    """Turn a dense module into its compressed kind, without its weight: `special` for its own type, else the mixin over it."""
+    """Turn a dense module into its compressed kind, without its weight: `special` for its own type, else the
+    mixin over it.
+    """
     base = type(module)
     del module._parameters["weight"]
     module.__class__ = special.get(base) or _packed_class(base, mixin)
@@ -139,7 +154,11 @@ def _packed_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: int) -> tuple:
         return _rebuild_packed, (base, mixin), self.__dict__
 
-    return type(mixin.__name__ + base.__name__, (mixin, base), {"__reduce_ex__": reduce, "__module__": base.__module__})
+    return type(
+        mixin.__name__ + base.__name__,
+        (mixin, base),
+        {"__reduce_ex__": reduce, "__module__": base.__module__},
+    )
 
 
 @cache

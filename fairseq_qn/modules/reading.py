@@ -11,12 +11,17 @@ from torch import Tensor
 from fairseq_qn.errors import UnsupportedError
 
 
-def read(weight: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """value(weight); the gradient is gradient(that of the value), or that itself (None): the straight-through estimator."""
+def read(
+    weight: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """value(weight); the gradient is gradient(that of the value), or that itself (None): the
+    straight-through estimator.
+    """
     if torch._C._are_functorch_transforms_active():
         return FunctionalRead.apply(weight, value, gradient)
     seen = Read.apply(weight, value, gradient)
-    # Where no gradient flows, flagged as the Parameter would be: matmul folds batches by it, so the last bit depends on it.
+    # Where no gradient flows, flagged as the Parameter would be: matmul folds batches by it, so the last bit
+    # depends on it.
     return seen if torch.is_grad_enabled() else seen.requires_grad_(weight.requires_grad)
 
 
@@ -24,7 +29,8 @@ def refuse_tracing(name: str) -> None:
     """Raise UnsupportedError while torch.jit records: it would keep the value and lose the view."""
     if torch.jit.is_tracing():
         raise UnsupportedError(
-            f"{name}: torch.jit cannot trace a view; save the model with fairseq_qn.save and trace what fairseq_qn.load gives"
+            f"{name}: torch.jit cannot trace a view; save the model with fairseq_qn.save and trace what "
+            "fairseq_qn.load gives"
         )
 
 
@@ -68,8 +74,16 @@ class FunctionalRead(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.clone() if ctx.gradient is None else FunctionalRead.apply(tangent, ctx.gradient, ctx.gradient)
+        return (
+            tangent.clone()
+            if ctx.gradient is None
+            else FunctionalRead.apply(tangent, ctx.gradient, ctx.gradient)
+        )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, weight: Tensor, value: Callable, gradient: Callable | None) -> tuple[Tensor, int]:
-        return torch.stack([FunctionalRead.apply(part, value, gradient) for part in weight.unbind(in_dims[0])]), 0
+    def vmap(
+        info: Any, in_dims: tuple, weight: Tensor, value: Callable, gradient: Callable | None
+    ) -> tuple[Tensor, int]:
+        return torch.stack(
+            [FunctionalRead.apply(part, value, gradient) for part in weight.unbind(in_dims[0])]
+        ), 0

@@ -1,4 +1,6 @@
-"""What a view gives to read: a tensor to compute with, which refuses to be written to, as no Parameter would see it."""
+"""What a view gives to read: a tensor to compute with, which refuses to be written to, as no Parameter would
+see it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,20 @@ from torch import Tensor, nn
 from fairseq_qn.errors import UnsupportedError, ViewError
 
 REPARAMETRISED = (
-    "weight_norm, spectral_norm, parametrize and prune take the Parameter away that a view reads; do without them here, "
+    "weight_norm, spectral_norm, parametrize and prune take the Parameter away that a view reads; do "
+    "without them here, "
     "or keep this layer dense"
 )
 # Methods that end in _ and do not write to the values.
 _HARMLESS = {"requires_grad_", "detach_", "retain_grad", "share_memory_", "rename_"}
-_OPERATORS = [f"__i{name}__" for name in "add and floordiv lshift mod mul or pow rshift sub truediv xor".split()]
+_OPERATORS = [
+    f"__i{name}__" for name in "add and floordiv lshift mod mul or pow rshift sub truediv xor".split()
+]
 _WRITERS = [n for n in dir(Tensor) if n.endswith("_") and not n.startswith("_") and n not in _HARMLESS]
 _WRITERS += ["__setitem__", *_OPERATORS]
 _VIEWS = (
-    "detach view view_as reshape flatten unflatten t transpose permute swapaxes movedim squeeze unsqueeze narrow "
+    "detach view view_as reshape flatten unflatten t transpose permute swapaxes movedim squeeze unsqueeze "
+    "narrow "
     "select expand expand_as diagonal unfold __getitem__"
 ).split()
 
@@ -30,13 +36,16 @@ def _refuse(seen: Tensor, what: str) -> NoReturn:
     if what == "set_":  # parametrize's
         raise UnsupportedError(f"{name}: {REPARAMETRISED}")
     raise ViewError(
-        f"{name}: {what} writes to what a view gave to read, which no Parameter sees; write to the stored one, "
+        f"{name}: {what} writes to what a view gave to read, which no Parameter sees; write to the stored "
+        "one, "
         f"model.get_parameter({name!r}), or to a clone"
     )
 
 
 class SeenWeight(Tensor):
-    """A weight as a view shows it. What is computed from it is an ordinary tensor; a slice of it refuses writes too."""
+    """A weight as a view shows it. What is computed from it is an ordinary tensor; a slice of it refuses
+    writes too.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -67,7 +76,9 @@ class SeenWeight(Tensor):
 
 
 def show(value: Tensor, weight: nn.Parameter, name: str) -> Tensor:
-    """`value` as what a view shows of the Parameter `weight`; assigning it to a module's attribute assigns the Parameter."""
+    """`value` as what a view shows of the Parameter `weight`; assigning it to a module's attribute assigns
+    the Parameter.
+    """
     if type(value) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(value):
         value.__class__ = SeenWeight
         value._qn_name = name

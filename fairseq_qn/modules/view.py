@@ -1,12 +1,14 @@
-"""The weight view: what a network reads as `layer.weight` is a function of the dense Parameter stored under that name.
+"""The weight view: what a network reads as `layer.weight` is a function of the dense Parameter stored under
+that name.
 
-    phase   reading .weight gives                                                      used for
-    FLOAT   W, or in training W + m * (phi(W) - W) with a straight-through gradient    plain training, Quant-Noise
-    CODED   the same; `codes` hold the assignment for exact noise                      exact phi_PQ
-    FROZEN  product: each block's cluster mean; integer: the de-quantised integers     iPQ fine-tuning, evaluation, export
+    phase   reading .weight gives                                                  used for
+    FLOAT   W; in training W + m * (phi(W) - W), with a straight-through gradient  Quant-Noise
+    CODED   the same; `codes` hold the assignment for exact noise                  exact phi_PQ
+    FROZEN  each block's cluster mean, or the de-quantised integers                iPQ, evaluation, export
 
-install.py puts it in the place of `module.weight`, so that code which reads `.weight` without calling the module (attention,
-tied heads) is reached. The Parameter never changes identity, shape, name or number, and no forward writes to it.
+install.py puts it in the place of `module.weight`, so that code which reads `.weight` without calling the
+module (attention, tied heads) is reached. The Parameter never changes identity, shape, name or number, and
+no forward writes to it.
 """
 
 from __future__ import annotations
@@ -28,28 +30,35 @@ from fairseq_qn.quant.blocks import check_block_size, codes_shape
 from fairseq_qn.recipe import Noise, Rule
 
 FLOAT, CODED, FROZEN = 0, 1, 2
-SHARDED = "views need whole Parameters, which FSDP and nn.DataParallel take apart; use DistributedDataParallel (legacy_ddp)"
+SHARDED = (
+    "views need whole Parameters, which FSDP and nn.DataParallel take apart; use DistributedDataParallel "
+    "(legacy_ddp)"
+)
 
 
 class WeightView:
     """How one Parameter is read, by all modules that own it.
 
-    Its buffers `phase` (uint8 scalar), for product quantisation `codes` [out_features, blocks a row], and `digest` of both
-    are registered on `home`, the owner that the recipe matched, when the view is made; state-dict keys are therefore the
-    same in every phase.
+    Its buffers `phase` (uint8 scalar), for product quantisation `codes` [out_features, blocks a row], and
+    `digest` of both are registered on `home`, the owner that the recipe matched, when the view is made;
+    state-dict keys are therefore the same in every phase.
     """
 
-    def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, attribute: str, clock: Clock) -> None:
+    def __init__(
+        self, name: str, rule: Rule, noise: Noise, home: nn.Module, attribute: str, clock: Clock
+    ) -> None:
         weight = home._parameters[attribute]
         self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
         self.attribute = attribute
-        self.keys = (name,)  # state-dict keys of the Parameter on `home`: several where that goes by several names
+        # state-dict keys of the Parameter on `home`: several where that goes by several names
+        self.keys = (name,)
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
         self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
         self.stored: ref[nn.Parameter] | None = None  # the Parameter that was read last
-        self._seen: tuple[Time | None, int] = (None, 0)  # the last pass that drew noise, and the weight's version then
+        # the last pass that drew noise, and the weight's version then
+        self._seen: tuple[Time | None, int] = (None, 0)
         self._watched = False
         _check_weight(weight, name)
         if rule.scheme == "product":  # raises before anything is registered
@@ -58,14 +67,22 @@ class WeightView:
             integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
         for buffer in self.buffer_names:
             if hasattr(home, buffer):
-                raise UnsupportedError(f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it")
+                raise UnsupportedError(
+                    f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it"
+                )
         with torch.inference_mode(False):  # buffers that can be written to and used anywhere
-            home.register_buffer(f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device))
+            home.register_buffer(
+                f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device)
+            )
             if rule.scheme == "product":
                 dtype = product.codes_dtype(self.n_centroids)
-                codes = torch.zeros(codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device)
+                codes = torch.zeros(
+                    codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device
+                )
                 home.register_buffer(f"{self.prefix}codes", codes)
-            home.register_buffer(f"{self.prefix}digest", torch.zeros(digest.SIZE, dtype=torch.int64, device=weight.device))
+            home.register_buffer(
+                f"{self.prefix}digest", torch.zeros(digest.SIZE, dtype=torch.int64, device=weight.device)
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
@@ -97,7 +114,9 @@ class WeightView:
     @property
     def n_centroids(self) -> int:
         """K, clipped to the number of blocks."""
-        return product.n_codewords(self.weight.shape, self.rule.block_size, self.rule.n_centroids, self.padding_idx)
+        return product.n_codewords(
+            self.weight.shape, self.rule.block_size, self.rule.n_centroids, self.padding_idx
+        )
 
     @property
     def phase(self) -> int:
@@ -116,7 +135,8 @@ class WeightView:
         return self._derived(f"{self.prefix}codes", group)
 
     def _derived(self, name: str, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait for it.
+        """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait
+        for it.
 
         Raises ViewError where what was written is not what the digest says.
         """
@@ -130,8 +150,9 @@ class WeightView:
     # -- what is read
 
     def read(self, weight: Tensor, training: bool) -> Tensor:
-        """What the network sees in place of `weight`: within a forward pass one tensor for all who share it, so that its
-        value and its gradient are computed once. Elsewhere, and where nothing is differentiated, each read is new.
+        """What the network sees in place of `weight`: within a forward pass one tensor for all who share it,
+        so that its value and its gradient are computed once. Elsewhere, and where nothing is differentiated,
+        each read is new.
         """
         shared = self.readers > 1 or len(self.keys) > 1
         values = self.clock.shared() if shared and torch.is_grad_enabled() else None
@@ -159,10 +180,14 @@ class WeightView:
         p = self.noise.at(at[0])
         if p == 0:
             return weight
-        return read(weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None)
+        return read(
+            weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None
+        )
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
-        """Whether a read outside of any call draws a mask that served before the last step: no call moves it on."""
+        """Whether a read outside of any call draws a mask that served before the last step: no call moves it
+        on.
+        """
         clock = self.clock
         if clock.pinned or clock.stepped:
             return False
@@ -183,8 +208,10 @@ class WeightView:
 
     def _untimed(self, *_: Tensor) -> None:
         raise ViewError(
-            f"{self.name}: trained by reads outside of any module's call, whose noise nothing moves on; call the module that "
-            "reads it, not its forward, or fairseq_qn.follow(model, optimizer), or fairseq_qn.set_update(model, n)"
+            f"{self.name}: trained by reads outside of any module's call, whose noise nothing moves on; "
+            "call the module that "
+            "reads it, not its forward, or fairseq_qn.follow(model, optimizer), or "
+            "fairseq_qn.set_update(model, n)"
         )
 
     def quantized(self, weight: Tensor) -> Tensor:
@@ -207,14 +234,20 @@ class WeightView:
     def _noised(self, weight: Tensor, p: float, at: Time) -> Tensor:
         if self.needs_codes and self.phase == FLOAT:
             raise ViewError(
-                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) first"
+                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) "
+                "first"
             )
         if self._noise_kind == "exact" and noise.is_certain(p):
             return self.quantized(weight)
-        seed, block_size = noise.seed_of(self.clock.seed, *at, self.clock.rank, self.name), self.rule.block_size
+        seed, block_size = (
+            noise.seed_of(self.clock.seed, *at, self.clock.rank, self.name),
+            self.rule.block_size,
+        )
         if self.rule.scheme == "integer":
             masks, rule = noise.draws(weight.numel(), p, seed, weight.device), self.rule
-            return integer.fake_quantize_some(weight, masks, rule.bits, rule.granularity, rule.group_size, self.name)
+            return integer.fake_quantize_some(
+                weight, masks, rule.bits, rule.granularity, rule.group_size, self.name
+            )
         mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
         if self._noise_kind == "proxy":
             return noise.drop_blocks(weight, mask, block_size)
@@ -226,11 +259,15 @@ class WeightView:
 def _check_weight(weight: Tensor, name: str) -> None:
     """Raise UnsupportedError for a weight that no view can read."""
     if not weight.is_floating_point():
-        raise UnsupportedError(f"{name}: expected floating-point weights, found {weight.dtype}; keep this layer dense")
+        raise UnsupportedError(
+            f"{name}: expected floating-point weights, found {weight.dtype}; keep this layer dense"
+        )
     if weight.is_meta:
         raise UnsupportedError(f"{name}: on the meta device; give the model memory and its weights first")
     if weight.is_inference():
-        raise UnsupportedError(f"{name}: made under torch.inference_mode, which no gradient reaches; build the model outside")
+        raise UnsupportedError(
+            f"{name}: made under torch.inference_mode, which no gradient reaches; build the model outside"
+        )
     if weight.layout != torch.strided or type(weight).__name__ == "DTensor":
         raise UnsupportedError(f"{name}: a view reads whole, dense weights, found {kind(weight)}; {SHARDED}")
 

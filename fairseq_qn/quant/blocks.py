@@ -4,8 +4,9 @@ A block runs along the input dimension, so blocks are consecutive elements of th
 
     Linear     [out_features, in_features]        in_features / d blocks a row
     Embedding  [num_embeddings, embedding_dim]    embedding_dim / d blocks a row
-    Conv       [out, in / groups, *kernel]        d input channels of a 1x1 kernel; whole kernels of d / k channels
-                                                  where k = kernel elements divides d; parts of one kernel where d divides k
+    Conv       [out, in / groups, *kernel]        d input channels of a 1x1 kernel; of k elements: where
+                                                  k divides d, whole kernels of d / k channels; where d
+                                                  divides k, parts of one kernel
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_block_size(shape: Sequence[int], block_size: int, name: str = "weight"
             )
     elif block_size % kernel and kernel % block_size:
         raise BlockSizeError(
-            f"{name}: block_size has to be a multiple or a divisor of the kernel's {kernel} elements, found {block_size}"
+            f"{name}: block_size has to be a multiple or a divisor of the kernel's {kernel} elements, found "
+            f"{block_size}"
         )
     elif block_size % kernel == 0 and inputs % (block_size // kernel):
         raise BlockSizeError(

@@ -1,7 +1,8 @@
 """intN: affine integers over the range of a tensor, an output channel or a group, in which zero is exact.
 
 scale = (max - min) / (2^bits - 1) with the range widened to hold 0, zero = round(-min / scale),
-q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w' = (q - zero) * scale   (Fan et al. 2020, eq. 1; Jacob et al. 2018)
+q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w' = (q - zero) * scale
+(Fan et al. 2020, eq. 1; Jacob et al. 2018)
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ class Integers:
     zero: Tensor
 
 
-def ranges_shape(shape: Sequence[int], granularity: str, group_size: int, name: str = "weight") -> tuple[int, int]:
-    """[n_ranges, values a range] of a weight: one range for the tensor, for each row, or for `group_size` values of a row."""
+def ranges_shape(
+    shape: Sequence[int], granularity: str, group_size: int, name: str = "weight"
+) -> tuple[int, int]:
+    """[n_ranges, values a range] of a weight: one range for the tensor, for each row, or for `group_size`
+    values of a row.
+    """
     numel = prod(shape)
     if granularity == "tensor":
         return 1, numel
@@ -37,7 +42,9 @@ def ranges_shape(shape: Sequence[int], granularity: str, group_size: int, name: 
     if granularity == "channel":
         return shape[0], row
     if row % group_size:
-        raise BlockSizeError(f"{name}: group_size has to divide the {row} weights of a row, found {group_size}")
+        raise BlockSizeError(
+            f"{name}: group_size has to divide the {row} weights of a row, found {group_size}"
+        )
     return numel // group_size, group_size
 
 
@@ -58,7 +65,11 @@ def dequantize(
 ) -> Tensor:
     """The weight that the integers stand for; `out`, fp32 and contiguous, may be where it is worked out."""
     if kernel.usable(integers.levels, integers.scale):
-        return kernel.dequantize(integers.levels, integers.scale, integers.zero, out).reshape(tuple(shape)).to(dtype)
+        return (
+            kernel.dequantize(integers.levels, integers.scale, integers.zero, out)
+            .reshape(tuple(shape))
+            .to(dtype)
+        )
     zero = integers.zero.float().unsqueeze(1)
     return (integers.levels.float() - zero).mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
 
@@ -76,9 +87,16 @@ def fake_quantize(
 
 
 def fake_quantize_some(
-    weight: Tensor, masks: Iterable[Tensor], bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+    weight: Tensor,
+    masks: Iterable[Tensor],
+    bits: int,
+    granularity: str = "channel",
+    group_size: int = 64,
+    name: str = "weight",
 ) -> Tensor:
-    """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight elsewhere."""
+    """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight
+    elsewhere.
+    """
     if weight.dtype == torch.float64:  # which fp32 would round elsewhere too
         mask = torch.cat([part.clone() for part in masks]).view(weight.shape)
         return torch.where(mask, fake_quantize(weight, bits, granularity, group_size, name), weight.detach())
@@ -108,10 +126,13 @@ def _affine(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(scale, zero) of each range, both fp32 [n_ranges, 1]."""
     top = 2**bits - 1
     low, high = rows.amin(1, keepdim=True).clamp_(max=0), rows.amax(1, keepdim=True).clamp_(min=0)
-    scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)  # divided first: 3e38 - -3e38 overflows
+    # divided first: 3e38 - -3e38 overflows
+    scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)
     return scale, (-low / (scale * OUTWARD)).round_().clamp_(0, top)
 
 
 def _steps(rows: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Levels above zero, -zero .. 2^bits - 1 - zero, as fp32. No clamp at the lower end: `zero` is where it rounds to."""
+    """Levels above zero, -zero .. 2^bits - 1 - zero, as fp32. No clamp at the lower end: `zero` is where it
+    rounds to.
+    """
     return (rows / (scale * OUTWARD)).round_().clamp_max_(2**bits - 1 - zero)

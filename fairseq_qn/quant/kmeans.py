@@ -1,16 +1,20 @@
 """Codebook learning: Lloyd's algorithm, seeded, in fp32, without a Python loop over codewords.
 
-Minimises sum_i ||x_i - c[code_i]||^2 (Fan et al. 2020, eq. 2). Rules, so that the same input gives the same codes:
-* it starts from K rows drawn by the seed; where there are plenty of rows, from what ten steps on a sample of 32 K of them
-  make of those, which costs about a step and leaves some 0.2% less error after twenty;
-* where drawn rows are equal, rows are few, or one lies far out, it starts from rows that lie apart (seeding.py): drawn ones
-  would leave up to a hundred times the error. Where no more than K rows differ, they are the codewords, without error;
+Minimises sum_i ||x_i - c[code_i]||^2 (Fan et al. 2020, eq. 2). Rules, so that the same input gives the same
+codes:
+* it starts from K rows drawn by the seed; where there are plenty of rows, from what ten steps on a sample of
+  32 K of them make of those, which costs about a step and leaves some 0.2% less error after twenty;
+* where drawn rows are equal, rows are few, or one lies far out, it starts from rows that lie apart
+  (seeding.py): drawn ones would leave up to a hundred times the error. Where no more than K rows differ,
+  they are the codewords, without error;
 * codewords that no block chose are moved onto blocks with large errors, apart from each other;
-* it stops when the objective no longer falls. A step that rounding makes worse is thrown away, so the objective never rises.
+* it stops when the objective no longer falls. A step that rounding makes worse is thrown away, so the
+  objective never rises.
 
-Blocks are searched for in fp32, centred and scaled, in which scores neither cancel (1e4 + noise) nor underflow (1e-7); means
-and objectives are those of the blocks themselves, in fp64. A step reads the blocks once: the objective is what the means leave
-of the energy, sum |x - mean|^2 - sum n_k |c_k - mean|^2, except where that cancels.
+Blocks are searched for in fp32, centred and scaled, in which scores neither cancel (1e4 + noise) nor
+underflow (1e-7); means and objectives are those of the blocks themselves, in fp64. A step reads the blocks
+once: the objective is what the means leave of the energy, sum |x - mean|^2 - sum n_k |c_k - mean|^2, except
+where that cancels.
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ from fairseq_qn.quant import seeding
 CHUNK = 1 << 18  # scores held at a time: 1 MiB of fp32, which stays in a core's cache
 SAMPLE, SAMPLE_STEPS = 32, 10  # rows for each codeword, and steps on them, before the first on all rows
 FEW = 8  # rows for each codeword: with fewer, drawn rows are not good enough to start from
-GREEDY, POOL = 1024, 16  # codewords at most that are chosen one by one, from a sample of so many rows for each
+# codewords at most that are chosen one by one, from a sample of so many rows for each
+GREEDY, POOL = 1024, 16
 CANCELS = 1e-6  # of the energy: an objective below this share is summed up block by block
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """codes int32 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each iteration.
+    """codes int32 [n], codebook fp32 [K, d] (the mean of each code's blocks), the objective after each
+    iteration.
 
     energy: sum of squares of the input, which the objective is a share of.
     """
@@ -83,7 +89,9 @@ class _Points:
         return ((rows.double() - self.shift) / self.scale).float()
 
     def assign(self, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int32 [n] by a codebook in the units of the points; means fp64 [K, d] of the blocks of each; counts [K]."""
+        """Codes int32 [n] by a codebook in the units of the points; means fp64 [K, d] of the blocks of each;
+        counts [K].
+        """
         if kernel.usable(self.x):
             codes, sums, counts = kernel.assign(self.points, self.x, codebook)
         else:
@@ -93,7 +101,9 @@ class _Points:
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codeword nearest to each row, the lowest on ties: x [n, d], codebook [K, d] -> int32 [n]."""
+    """Index of the codeword nearest to each row, the lowest on ties: x [n, d], codebook [K, d] -> int32
+    [n].
+    """
     if not kernel.usable(x):
         return _nearest(x, codebook)
     x = x.contiguous()
@@ -144,7 +154,9 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     """
     x = x.detach().float().contiguous()
     if bad := count_nonfinite(x):
-        raise NonFiniteWeight(f"{name}: {bad} of {x.numel()} values are NaN or Inf; quantise a finite weight")
+        raise NonFiniteWeight(
+            f"{name}: {bad} of {x.numel()} values are NaN or Inf; quantise a finite weight"
+        )
     if len(x) <= n_centroids:  # every block is its own codeword
         energy = float(x.double().square().sum())
         return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,), energy)
@@ -162,9 +174,12 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
 
 
 def _begin(points: _Points, k: int, generator: torch.Generator) -> Tensor:
-    """Codewords [k, d] to start from: drawn rows, or what they become on a sample of the rows, or rows that lie apart."""
+    """Codewords [k, d] to start from: drawn rows, or what they become on a sample of the rows, or rows that
+    lie apart.
+    """
     x, size = points.x, SAMPLE * k
-    far = k * points.spread**2 > float(points.energy)  # one element has more of it than the blocks of a codeword have
+    # one element has more of it than the blocks of a codeword have
+    far = k * points.spread**2 > float(points.energy)
     if k <= GREEDY and (len(x) < FEW * k or far):
         return _apart(points, k, k, generator)
     plenty = len(x) >= 4 * size
@@ -178,11 +193,14 @@ def _repeats(rows: Tensor) -> bool:
     return len(seeding.keys(rows.float()).unique()) < len(rows)
 
 
-def _apart(points: _Points, count: int, k: int, generator: torch.Generator, errors: Tensor | None = None) -> Tensor:
+def _apart(
+    points: _Points, count: int, k: int, generator: torch.Generator, errors: Tensor | None = None
+) -> Tensor:
     """Rows [count, d] that lie apart, with errors fp64 [n] also from the codewords that leave these.
 
-    They come from a sample: by the errors, or half uniform, half by the squared distance to the mean, so that it holds
-    what lies far out (Bachem, Lucic & Krause 2018). Where too few rows differ, the last are copies of one.
+    They come from a sample: by the errors, or half uniform, half by the squared distance to the mean, so
+    that it holds what lies far out (Bachem, Lucic & Krause 2018). Where too few rows differ, the last are
+    copies of one.
     """
     mass = errors
     if mass is None:
@@ -199,19 +217,24 @@ def _apart(points: _Points, count: int, k: int, generator: torch.Generator, erro
 
 
 def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """k of n rows, one from each of k equal slices, in a random order: a permutation of all rows would take too long."""
+    """k of n rows, one from each of k equal slices, in a random order: a permutation of all rows would take
+    too long.
+    """
     bounds = torch.arange(k + 1) * n // k
     rows = bounds[:-1] + (torch.rand(k, generator=generator, dtype=torch.float64) * bounds.diff()).long()
     return rows[torch.randperm(k, generator=generator)]
 
 
 def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Generator) -> Clusters:
-    """Steps from codewords start [K, d]; the generator draws what codewords without blocks are moved onto."""
+    """Steps from codewords start [K, d]; the generator draws what codewords without blocks are moved
+    onto.
+    """
     centroids, history = points.place(start), []
     for _ in range(max(1, iterations)):
         codes, means, counts = points.assign(centroids)
         explained = _total(counts * (means - points.shift).square().sum(1))
-        objective, n_empty = torch.stack([points.energy - explained, (counts == 0).sum().double()]).tolist()  # one wait
+        # one wait
+        objective, n_empty = torch.stack([points.energy - explained, (counts == 0).sum().double()]).tolist()
         cancels = objective < CANCELS * float(points.energy)
         errors = _errors(points.x, codes, means) if cancels or n_empty else None
         if cancels:
@@ -224,18 +247,24 @@ def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Gen
             break
         centroids = points.place(means)
         if n_empty:
-            centroids[counts == 0] = points.place(_apart(points, int(n_empty), len(counts), generator, errors))
+            centroids[counts == 0] = points.place(
+                _apart(points, int(n_empty), len(counts), generator, errors)
+            )
     codes, means = best
     energy = float(points.energy + len(codes) * points.shift.square().sum())
     return Clusters(codes, means.float(), tuple(history), energy)
 
 
 def _total(values: Tensor) -> Tensor:
-    """The sum [] of values [n], added in their order: that of torch's sum depends on the number of threads."""
+    """The sum [] of values [n], added in their order: that of torch's sum depends on the number of
+    threads.
+    """
     return values.cumsum(0)[-1]
 
 
 def _errors(x: Tensor, codes: Tensor, means: Tensor) -> Tensor:
     """|x - mean of its code|^2 of each row, fp64 [n]."""
     parts = zip(x.split(CHUNK), codes.split(CHUNK))
-    return torch.cat([(part.double() - F.embedding(chosen, means)).square_().sum(1) for part, chosen in parts])
+    return torch.cat(
+        [(part.double() - F.embedding(chosen, means)).square_().sum(1) for part, chosen in parts]
+    )

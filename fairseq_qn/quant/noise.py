@@ -1,4 +1,6 @@
-"""Noise masks and the noised weight: W + m * (phi(W) - W), m ~ Bernoulli(p) per block (Fan et al. 2020, eq. 4-6)."""
+"""Noise masks and the noised weight: W + m * (phi(W) - W), m ~ Bernoulli(p) per block (Fan et al. 2020, eq.
+4-6).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -
 
 
 def draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
-    """`bernoulli` by CHUNK draws, each in the memory of those before: memory that the cache holds costs less than fresh."""
+    """`bernoulli` by CHUNK draws, each in the memory of those before: memory that the cache holds costs less
+    than fresh.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
     numbers = torch.empty((len(mask) + 3) // 4, dtype=torch.int64, device=device)
@@ -56,7 +60,8 @@ def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
 def replace_blocks(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -> Tensor:
     """Blocks of phi(weight) where mask [n_blocks] is True, of the weight elsewhere.
 
-    Written into `phi`, a contiguous tensor of the weight's dtype: fresh memory costs more than what it is filled with.
+    Written into `phi`, a contiguous tensor of the weight's dtype: fresh memory costs more than what it is
+    filled with.
     """
     blocks = to_blocks(phi, block_size)
     torch.where(mask.unsqueeze(1), blocks, to_blocks(weight, block_size), out=blocks)

@@ -1,11 +1,12 @@
 """Product quantisation of a weight: codes [out_features, blocks a row] into one codebook [K, d].
 
-The codebook of a frozen weight is the mean of the blocks that share a code, so that the decoded weight is a projection of
-the dense one: linear, idempotent and its own transpose. Its gradient is therefore the same function of the incoming
-gradient, and a step of SGD moves each codeword by the mean of its blocks' gradients (Fan et al. 2020, section 3.2).
+The codebook of a frozen weight is the mean of the blocks that share a code, so that the decoded weight is a
+projection of the dense one: linear, idempotent and its own transpose. Its gradient is therefore the same
+function of the incoming gradient, and a step of SGD moves each codeword by the mean of its blocks' gradients
+(Fan et al. 2020, section 3.2).
 
-The pad row of an Embedding belongs to no code and stays dense: look-ups do not learn from it, but a softmax that is tied to
-the table reads it, and has trained it.
+The pad row of an Embedding belongs to no code and stays dense: look-ups do not learn from it, but a softmax
+that is tied to the table reads it, and has trained it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal
 
 
 def codes_dtype(n_centroids: int) -> torch.dtype:
-    """The smallest dtype that holds codes 0 .. n_centroids - 1 and that DDP can broadcast, which int16 is not."""
+    """The smallest dtype that holds codes 0 .. n_centroids - 1 and that DDP can broadcast, which int16 is
+    not.
+    """
     return torch.uint8 if n_centroids <= 1 << 8 else torch.int32
 
 
@@ -36,7 +39,9 @@ def code_bits(n_centroids: int) -> int:
     return max(1, ceil(log2(n_centroids)))
 
 
-def n_codewords(shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None = None) -> int:
+def n_codewords(
+    shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None = None
+) -> int:
     """K, clipped to the number of blocks that have to be encoded (a pad row is not)."""
     rows, columns = codes_shape(shape, block_size)
     return max(1, min(n_centroids, (rows - (padding_idx is not None)) * columns))
@@ -44,10 +49,11 @@ def n_codewords(shape: Sequence[int], block_size: int, n_centroids: int, padding
 
 @dataclass(frozen=True)
 class Groups:
-    """The blocks of a weight sorted by code, and cut into runs that hold one code each and at most RUN blocks.
+    """The blocks of a weight sorted by code, and cut into runs that hold one code each and at most RUN
+    blocks.
 
-    order int32 [n]: blocks by code; starts int32 [n_runs]: where in `order` each run begins; first int32 [K]: the first run
-    of each code; counts int64 [K]; codes [n_blocks], as they were given.
+    order int32 [n]: blocks by code; starts int32 [n_runs]: where in `order` each run begins; first int32
+    [K]: the first run of each code; counts int64 [K]; codes [n_blocks], as they were given.
     """
 
     order: Tensor
@@ -75,7 +81,9 @@ class Groups:
 
 
 def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
-    """Mean of the blocks that share a code: fp32 [K, d] (fp64 for an fp64 weight); 0 for a code that none has."""
+    """Mean of the blocks that share a code: fp32 [K, d] (fp64 for an fp64 weight); 0 for a code that none
+    has.
+    """
     blocks = to_blocks(weight, block_size)
     if blocks.dtype not in (torch.float32, torch.float64):
         blocks = blocks.float()
@@ -86,9 +94,15 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
 
 
 def decode(
-    codes: Tensor, codebook: Tensor, shape: Sequence[int], padding_idx: int | None = None, pad: Tensor | None = None
+    codes: Tensor,
+    codebook: Tensor,
+    shape: Sequence[int],
+    padding_idx: int | None = None,
+    pad: Tensor | None = None,
 ) -> Tensor:
-    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight, whose pad row is `pad`, or zero."""
+    """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight, whose pad row is
+    `pad`, or zero.
+    """
     codes = codes.reshape(-1)
     if codebook.requires_grad or native.watched():
         blocks = F.embedding(codes.int(), codebook)
@@ -103,13 +117,19 @@ def decode(
 
 
 def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
-    """Replace each block by the mean of the blocks that share its code; same shape and dtype. The pad row stays as it is."""
+    """Replace each block by the mean of the blocks that share its code; same shape and dtype. The pad row
+    stays as it is.
+    """
     codebook, pad = codebook_of(weight, groups, block_size), groups.padding_idx
-    return decode(groups.codes, codebook, weight.shape, pad, None if pad is None else weight[pad]).to(weight.dtype)
+    return decode(groups.codes, codebook, weight.shape, pad, None if pad is None else weight[pad]).to(
+        weight.dtype
+    )
 
 
 def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) -> Tensor:
-    """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the blocks."""
+    """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the
+    blocks.
+    """
     hit = mask.nonzero().squeeze(1)
     if groups.padding_idx is not None:
         hit = hit[hit.div(len(mask) // len(weight), rounding_mode="floor") != groups.padding_idx]
@@ -119,8 +139,17 @@ def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) 
     return result
 
 
-def learn(weight: Tensor, block_size: int, n_centroids: int, *, padding_idx: int | None = None, iterations: int = 20,
-          seed: int = 0, start: Tensor | None = None, name: str = "weight") -> tuple[Tensor, Clusters]:  # fmt: skip
+def learn(
+    weight: Tensor,
+    block_size: int,
+    n_centroids: int,
+    *,
+    padding_idx: int | None = None,
+    iterations: int = 20,
+    seed: int = 0,
+    start: Tensor | None = None,
+    name: str = "weight",
+) -> tuple[Tensor, Clusters]:
     """Codes [out_features, blocks a row] of a weight by k-means, and the clusters they come from.
 
     The pad row takes no part and gets code 0. Raises NonFiniteWeight.

@@ -1,7 +1,8 @@
 """Rows that lie apart, for k-means to start from and to move codewords to that no block chose.
 
-Greedy k-means++ (Arthur & Vassilvitskii 2007): rows are drawn one after another, in proportion to the squared distance from
-those drawn before, and of a few such rows the one that leaves the least is kept. A copy of a row kept is never drawn.
+Greedy k-means++ (Arthur & Vassilvitskii 2007): rows are drawn one after another, in proportion to the
+squared distance from those drawn before, and of a few such rows the one that leaves the least is kept. A
+copy of a row kept is never drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def keys(x: Tensor) -> Tensor:
 
 
 def distinct(x: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
-    """Which of the distinct rows of x [n, d] each row is, int32 [n], and those rows; None if they are more than `most`."""
+    """Which of the distinct rows of x [n, d] each row is, int32 [n], and those rows; None if they are more
+    than `most`.
+    """
     found, codes = keys(x).unique(return_inverse=True)
     if len(found) > most:
         return None
@@ -36,21 +39,30 @@ def distinct(x: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
 
 
 def sample(mass: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows int64 [size], drawn in proportion to mass fp64 [n], and how many each stands for; all n if they are no more."""
+    """Rows int64 [size], drawn in proportion to mass fp64 [n], and how many each stands for; all n if they
+    are no more.
+    """
     if len(mass) <= size:
         return torch.arange(len(mass), device=mass.device), torch.ones_like(mass)
-    steps, running = torch.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64), mass.cumsum(0)
+    steps, running = (
+        torch.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64),
+        mass.cumsum(0),
+    )
     chosen = _at(running, steps.to(mass.device) / size)
     return chosen, (running[-1] / size / mass[chosen]).clamp_(max=1e30)
 
 
-def apart(x: Tensor, weights: Tensor, count: int, generator: torch.Generator, errors: Tensor | None = None) -> Tensor:
-    """Places int64 [count], or fewer where no row is left that differs, of rows of x fp32 [n, d], in [-1, 1], that lie apart.
+def apart(
+    x: Tensor, weights: Tensor, count: int, generator: torch.Generator, errors: Tensor | None = None
+) -> Tensor:
+    """Places int64 [count], or fewer where no row is left that differs, of rows of x fp32 [n, d], in [-1,
+    1], that lie apart.
 
     weights fp64 [n]: of the rows. errors fp32 [n]: squared distances from codewords there are already.
     """
     columns, tries = x.t().contiguous(), 2 + int(math.log(count))
-    errors = x.new_full((len(x),), 4.0 * x.shape[1]) if errors is None else errors  # no two rows are farther apart
+    # no two rows are farther apart
+    errors = x.new_full((len(x),), 4.0 * x.shape[1]) if errors is None else errors
     single, differences = weights.float(), x.new_empty(x.shape[1], tries, len(x))
     chosen, left = [], []
     for draws in torch.rand(count, tries, generator=generator, dtype=torch.float64).to(x.device):

@@ -1,4 +1,6 @@
-"""The BPE and the tokenizer that travel inside a small file: which, with which options, and from whose files."""
+"""The BPE and the tokenizer that travel inside a small file: which, with which options, and from whose
+files.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,20 @@ def carry_bpe(
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(source, assets) for `save`, so that a BPE and its model files travel inside the file.
 
-    files are told apart by their endings. Raises UnsupportedError for a BPE or an option that is not known here, or a file too
-    few or many.
+    files are told apart by their endings. Raises UnsupportedError for a BPE or an option that is not known
+    here, or a file too few or many.
     """
     if name not in BPE_FILES:
         raise UnsupportedError(f"--bpe: expected one of {sorted(BPE_FILES)}, found {name!r}")
     unknown = sorted({*(options or {})} - {*BPES[name]})
     if unknown:
-        raise UnsupportedError(f"--bpe-option: {name} takes {sorted(BPES[name]) or 'none'}, found {unknown[0]!r}")
-    config: dict[str, Any] = {"_name": name, **take(BPES[name], options or {}, "--bpe-option", UnsupportedError)}
+        raise UnsupportedError(
+            f"--bpe-option: {name} takes {sorted(BPES[name]) or 'none'}, found {unknown[0]!r}"
+        )
+    config: dict[str, Any] = {
+        "_name": name,
+        **take(BPES[name], options or {}, "--bpe-option", UnsupportedError),
+    }
     assets, left = {}, [Path(file) for file in files]
     for option, ending in BPE_FILES[name].items():
         found = [file for file in left if file.name.endswith(ending)]
@@ -51,9 +58,11 @@ def carry_bpe(
 
 
 def checked_text(source: Mapping[str, Any], assets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """{"bpe": options or None, "tokenizer": options or None} of a file's source; a file's option becomes the name of its asset.
+    """{"bpe": options or None, "tokenizer": options or None} of a file's source; a file's option becomes the
+    name of its asset.
 
-    Raises FormatError for any but the known ones, for an option that the table lacks, and for a file that is not inside.
+    Raises FormatError for any but the known ones, for an option that the table lacks, and for a file that is
+    not inside.
     """
     result: dict[str, dict[str, Any] | None] = {}
     for part, known in (("bpe", BPES), ("tokenizer", TOKENIZERS)):
@@ -68,15 +77,28 @@ def checked_text(source: Mapping[str, Any], assets: Mapping[str, Any]) -> dict[s
         for option in BPE_FILES[name] if part == "bpe" else ():
             value = given.get(option)
             asset = value.removeprefix(manifest.ASSET) if type(value) is str else ""
-            if not asset or asset == value or asset not in assets or re.search(r"[/\\:\0]", asset) or asset in (".", ".."):
-                raise FormatError(f"source.bpe.{option}: expected the name of a file inside, asset:NAME, found {short(value)}")
+            if (
+                not asset
+                or asset == value
+                or asset not in assets
+                or re.search(r"[/\\:\0]", asset)
+                or asset in (".", "..")
+            ):
+                raise FormatError(
+                    f"source.bpe.{option}: expected the name of a file inside, asset:NAME, found "
+                    f"{short(value)}"
+                )
             result[part][option] = asset
     return result
 
 
 @contextmanager
-def unpacked(parts: Mapping[str, dict[str, Any] | None], assets: Mapping[str, bytes]) -> Iterator[dict[str, Any]]:
-    """The parts of checked_text with paths for the names of assets; the files lie there, under names of ours, until the end."""
+def unpacked(
+    parts: Mapping[str, dict[str, Any] | None], assets: Mapping[str, bytes]
+) -> Iterator[dict[str, Any]]:
+    """The parts of checked_text with paths for the names of assets; the files lie there, under names of
+    ours, until the end.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = dict(parts)
         if parts["bpe"] is not None:
@@ -92,7 +114,9 @@ def unpacked(parts: Mapping[str, dict[str, Any] | None], assets: Mapping[str, by
 
 
 class Guarded:
-    """A BPE whose model came out of a file: what a model that does not hang together makes it raise is a FormatError."""
+    """A BPE whose model came out of a file: what a model that does not hang together makes it raise is a
+    FormatError.
+    """
 
     def __init__(self, bpe: Any, path: str | Path) -> None:
         self.inner, self.path = bpe, path
@@ -127,9 +151,13 @@ def _check_codes(name: str, data: bytes) -> None:
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
-        raise FormatError(f"source.bpe.bpe_codes: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+        raise FormatError(
+            f"source.bpe.bpe_codes: expected UTF-8 text, found {error.reason} at byte {error.start}"
+        ) from None
     matches = [_CODES[name].fullmatch(line) for line in (lines if lines[-1] else lines[:-1])]
     if None in matches:
-        raise FormatError(f"source.bpe.bpe_codes: expected lines of two pieces, found {short(lines[matches.index(None)])}")
+        raise FormatError(
+            f"source.bpe.bpe_codes: expected lines of two pieces, found {short(lines[matches.index(None)])}"
+        )
     if name == "fastbpe" and len({f"{m[1]}{m[2]}" for m in matches}) < len(matches):
         raise FormatError("source.bpe.bpe_codes: expected each piece to be made once, found one twice")

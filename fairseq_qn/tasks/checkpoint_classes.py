@@ -1,4 +1,6 @@
-"""Let torch's safe loading (weights_only) restore fairseq's checkpoints, by allowing just the classes that they hold."""
+"""Let torch's safe loading (weights_only) restore fairseq's checkpoints, by allowing just the classes that
+they hold.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,19 @@ import torch
 
 
 def allow() -> None:
-    """fairseq's checkpoints hold the options as a Namespace, and meters and scores as numpy scalars. None runs code."""
+    """fairseq's checkpoints hold the options as a Namespace, and meters and scores as numpy scalars. None
+    runs code.
+    """
     add = getattr(torch.serialization, "add_safe_globals", None)
     if add is None:  # torch < 2.4 has no such list; load_checkpoint says so
         return
-    scalar = np.float64(0).__reduce__()[0]  # numpy's own constructor of scalars, wherever this numpy keeps it
-    add([Namespace, scalar, np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_))])
+    # numpy's own constructor of scalars, wherever this numpy keeps it
+    scalar = np.float64(0).__reduce__()[0]
+    add(
+        [
+            Namespace,
+            scalar,
+            np.dtype,
+            *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
+        ]
+    )

@@ -1,7 +1,9 @@
-"""fairseq writes a checkpoint beside its name and renames it, but then copies it over checkpoint_last.pt and _best.pt.
+"""fairseq writes a checkpoint beside its name and renames it, but then copies it over checkpoint_last.pt and
+_best.pt.
 
-A kill within the copy leaves one of these torn, and the same command, which resumes from checkpoint_last.pt, fails for good.
-Here copies are written beside and renamed as well; what a killed one left is removed by the next copy to that name.
+A kill within the copy leaves one of these torn, and the same command, which resumes from checkpoint_last.pt,
+fails for good. Here copies are written beside and renamed as well; what a killed one left is removed by the
+next copy to that name.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ class _PathManager(PathManager):
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        """As fairseq's: whether the copy was made. The old file or the whole new one is there at each moment."""
+        """As fairseq's: whether the copy was made. The old file or the whole new one is there at each
+        moment.
+        """
         if any(map(PathManager.path_requires_pathmanager, (src_path, dst_path))):
             return PathManager.copy(src_path, dst_path, overwrite)
         with open(src_path, "rb") as source, replacing(dst_path) as target:

@@ -1,4 +1,6 @@
-"""fairseq under numpy 2: its language models cannot answer a sentence, because the name np.compat.long is gone."""
+"""fairseq under numpy 2: its language models cannot answer a sentence, because the name np.compat.long is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from fairseq.data import language_pair_dataset, token_block_dataset
 
 
 class _Numpy(ModuleType):
-    """numpy with its former `compat`, for the two modules of fairseq that ask for it; numpy itself stays as it is."""
+    """numpy with its former `compat`, for the two modules of fairseq that ask for it; numpy itself stays as
+    it is.
+    """
 
     compat = SimpleNamespace(long=np.int64)
 

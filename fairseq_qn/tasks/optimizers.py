@@ -1,4 +1,6 @@
-"""What lies under a fairseq optimizer: torch's own, and the fp32 masters that those train in place of fp16 Parameters."""
+"""What lies under a fairseq optimizer: torch's own, and the fp32 masters that those train in place of fp16
+Parameters.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
 
 
 def masters_of(optimizer: Any) -> Masters:
-    """fp16 Parameter -> (its fp32 master, where it begins in that); {} where the Parameters themselves are trained.
+    """fp16 Parameter -> (its fp32 master, where it begins in that); {} where the Parameters themselves are
+    trained.
 
-    Plain --fp16 flattens all masters into one, or one a device (pipeline parallelism), in the order of the Parameters;
-    --fp16-no-flatten-grads lists them. --memory-efficient-fp16, --amp and fp32 have none.
+    Plain --fp16 flattens all masters into one, or one a device (pipeline parallelism), in the order of the
+    Parameters; --fp16-no-flatten-grads lists them. --memory-efficient-fp16, --amp and fp32 have none.
     """
-    while not hasattr(optimizer, "fp32_params") and hasattr(optimizer, "_optimizer"):  # BMUF stands around the others
+    # BMUF stands around the others
+    while not hasattr(optimizer, "fp32_params") and hasattr(optimizer, "_optimizer"):
         optimizer = optimizer._optimizer
     masters = getattr(optimizer, "fp32_params", {})
     if isinstance(masters, list):

@@ -1,8 +1,10 @@
-"""The iterative-quantisation task, as a mixin over any fairseq task: noise, stages, progress, figures to log.
+"""The iterative-quantisation task, as a mixin over any fairseq task: noise, stages, progress, figures to
+log.
 
-The stage is read from the model's own buffers, so no counter can skip or repeat one: whatever is due and not frozen yet
-is frozen at the beginning of the epoch or update, by the same rule on resume. The schedule is not touched, of the optimizer
-only Adam's moments of what is frozen: before the next step, and so before any checkpoint that holds the stage as frozen.
+The stage is read from the model's own buffers, so no counter can skip or repeat one: whatever is due and not
+frozen yet is frozen at the beginning of the epoch or update, by the same rule on resume. The schedule is not
+touched, of the optimizer only Adam's moments of what is frozen: before the next step, and so before any
+checkpoint that holds the stage as frozen.
 """
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
@@ -41,14 +43,20 @@ class QuantisedTaskConfig(FairseqDataclass):
     )
     quant_stage_updates: Optional[str] = field(
         default=None,
-        metadata={"help": "updates after which each stage of the recipe is frozen, in order: 2000,4000,5000"},
+        metadata={
+            "help": "updates after which each stage of the recipe is frozen, in order: 2000,4000,5000"
+        },
     )
     quant_stage_epochs: Optional[str] = field(
-        default=None, metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"}
+        default=None,
+        metadata={"help": "epochs at whose beginning each stage of the recipe is frozen, in order: 4,6,8"},
     )
-    quant_iterations: int = field(default=20, metadata={"help": "iterations of k-means when a stage is frozen"})
+    quant_iterations: int = field(
+        default=20, metadata={"help": "iterations of k-means when a stage is frozen"}
+    )
     quant_keep_moments: bool = field(
-        default=False, metadata={"help": "leave Adam's moments as they are when a stage is frozen: codewords move less"}
+        default=False,
+        metadata={"help": "leave Adam's moments as they are when a stage is frozen: codewords move less"},
     )
 
 
@@ -58,12 +66,15 @@ class QuantisedTask:
     boundaries: stages.Boundaries = {}  # when training freezes each stage
     _fresh: tuple[WeightView, ...] = ()  # frozen since the last step
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
-    _micro: tuple[int, int] = (-1, 0)  # the last (update, micro-batch); an update that overflows in fp16 is tried again
+    # the last (update, micro-batch); an update that overflows in fp16 is tried again
+    _micro: tuple[int, int] = (-1, 0)
     _said: bool = False  # that the optimizer keeps no moments of Adam
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
-        """Set up fairseq's task. The recipe file is read here, once, and its text kept in the configuration."""
+        """Set up fairseq's task. The recipe file is read here, once, and its text kept in the
+        configuration.
+        """
         if not kwargs.get("from_checkpoint"):
             _refuse_unsupported(cfg)
             _warn_of_sending(cfg)
@@ -80,7 +91,8 @@ class QuantisedTask:
         recipe = api.recipe_of(model)
         if recipe is None:
             return model
-        strict = not from_checkpoint  # a checkpoint's model may be built here for another use, with other heads
+        # a checkpoint's model may be built here for another use, with other heads
+        strict = not from_checkpoint
         logger.info("recipe: %s", api.apply(model, recipe, strict=strict))
         self.boundaries = stages.boundaries(recipe, self._config)
         if strict:
@@ -102,12 +114,16 @@ class QuantisedTask:
         self._measure()
 
     def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
-        """Before the last stage no score counts: a freeze makes the loss rise, and the best model would be a dense one."""
+        """Before the last stage no score counts: a freeze makes the loss rise, and the best model would be a
+        dense one.
+        """
         if any(stage in self.boundaries for stage in api.unfrozen(model)):
             stages.count_no_score(stats, self._config)
 
     def post_save(self, path: str, num_updates: int) -> None:
-        """One line with each checkpoint, the last of which is the end of training: what it does not hold frozen, and why."""
+        """One line with each checkpoint, the last of which is the end of training: what it does not hold
+        frozen, and why.
+        """
         left = api.unfrozen(self._quant_model)
         if left:
             why = stages.explain(left, self.boundaries)
@@ -120,15 +136,21 @@ class QuantisedTask:
         return {type(self).__name__: {"refreshed": self._refreshed, "micro": list(self._micro)}}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """The epoch at whose beginning the codes in the checkpoint were learned, and the last micro-batch."""
+        """The epoch at whose beginning the codes in the checkpoint were learned, and the last
+        micro-batch.
+        """
         self._refreshed, self._micro = state["refreshed"], tuple(state.get("micro", self._micro))
 
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int,
                    ignore_grad: bool = False) -> Any:  # fmt: skip
-        """fairseq's step, at the noise of this update and micro-batch; stages that are due are frozen first."""
+        """fairseq's step, at the noise of this update and micro-batch; stages that are due are frozen
+        first.
+        """
         inner = getattr(self, "_quant_model", None)
         if inner is not None and api.recipe_of(inner) is not None:
-            due = [name for name, (unit, at) in self.boundaries.items() if unit == "update" and update_num >= at]
+            due = [
+                name for name, (unit, at) in self.boundaries.items() if unit == "update" and update_num >= at
+            ]
             if self._freeze_due(due, f"update {update_num}"):
                 self._measure()
             if self._fresh and update_num and not optimizer.get_lr():  # update 0 may be a warm-up's
@@ -155,10 +177,16 @@ class QuantisedTask:
         """Freeze those of the stages that are not frozen yet; whether there were any."""
         frozen = False
         for stage in due:
-            views = [view for view in views_of(self._quant_model) if view.rule.stage == stage and view.phase != FROZEN]
+            views = [
+                view
+                for view in views_of(self._quant_model)
+                if view.rule.stage == stage and view.phase != FROZEN
+            ]
             if views:
                 bar = _bar(f"{when}: freezing stage {stage}")
-                reports = api.freeze(self._quant_model, stage, iterations=self._config.quant_iterations, progress=bar)
+                reports = api.freeze(
+                    self._quant_model, stage, iterations=self._config.quant_iterations, progress=bar
+                )
                 worst = max(reports, key=lambda report: report.error)
                 logger.info(
                     "%s: stage %s frozen: %d layers in %.1f s, largest relative error %.4f (%s)",
@@ -166,7 +194,8 @@ class QuantisedTask:
                 )  # fmt: skip
                 frozen = True
                 self._fresh += (*views,)
-                stages.forget_best()  # scores of before do not compare, nor does one that a checkpoint brought along
+                # scores of before do not compare, nor does one that a checkpoint brought along
+                stages.forget_best()
         return frozen
 
     def _project_moments(self, optimizer: Any) -> None:
@@ -187,12 +216,14 @@ def _refuse_unsupported(cfg: Any) -> None:
     """What the views cannot live with."""
     if elsewhere(cfg, "ema.store_ema"):
         raise UnsupportedError(
-            "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes means nothing. "
+            "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes "
+            "means nothing. "
             "Train without --store-ema"
         )
     if elsewhere(cfg, "distributed_training.ddp_backend") == "fully_sharded":
         raise UnsupportedError(
-            "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp or c10d"
+            "--ddp-backend fully_sharded: sharding replaces the Parameters that views read; use legacy_ddp "
+            "or c10d"
         )
     if elsewhere(cfg, "common.quantization_config_path"):
         raise UnsupportedError(
@@ -202,28 +233,40 @@ def _refuse_unsupported(cfg: Any) -> None:
 
 
 def _refuse_undone(cfg: Any, config: Any) -> None:
-    """What is asked for and would not be done: fairseq's own models take no recipe, and without one there are no stages."""
+    """What is asked for and would not be done: fairseq's own models take no recipe, and without one there
+    are no stages.
+    """
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     cls = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
-    asked = [key for key in ("quant_recipe", *UPSTREAM_NOISE) if getattr(cfg, key, None) or getattr(config, key, None)]
+    asked = [
+        key
+        for key in ("quant_recipe", *UPSTREAM_NOISE)
+        if getattr(cfg, key, None) or getattr(config, key, None)
+    ]
     if asked and cls is not None and not issubclass(cls, QuantisedModel):
         raise UnsupportedError(
-            f"--{asked[0].replace('_', '-')}: {cls.__name__} is fairseq's own, which takes no recipe, freezes no stage, and "
+            f"--{asked[0].replace('_', '-')}: {cls.__name__} is fairseq's own, which takes no recipe, "
+            "freezes no stage, and "
             f"whose noise leaves zeros in the weights; use the qn_ architecture: --arch qn_{name}"
         )
     default = QuantisedTaskConfig()
     for key in ("quant_stage_updates", "quant_stage_epochs", "quant_iterations") if not asked else ():
         if getattr(config, key, None) not in (None, "", getattr(default, key)):
             raise RecipeError(
-                f"--{key.replace('_', '-')}: there is no recipe, so nothing would be frozen; add --quant-recipe FILE"
+                f"--{key.replace('_', '-')}: there is no recipe, so nothing would be frozen; add "
+                "--quant-recipe FILE"
             )
 
 
 def _warn_of_sending(cfg: Any) -> None:
-    """With several ranks fairseq has the first send the checkpoint to the others, with objects that safe loading refuses."""
+    """With several ranks fairseq has the first send the checkpoint to the others, with objects that safe
+    loading refuses.
+    """
     alone = (elsewhere(cfg, "distributed_training.distributed_world_size") or 1) == 1
     if not alone and not elsewhere(cfg, "checkpoint.load_checkpoint_on_all_dp_ranks"):
-        logger.warning("add --load-checkpoint-on-all-dp-ranks: without it torch >= 2.6 cannot resume on several ranks")
+        logger.warning(
+            "add --load-checkpoint-on-all-dp-ranks: without it torch >= 2.6 cannot resume on several ranks"
+        )
 
 
 def _bar(title: str) -> Any:

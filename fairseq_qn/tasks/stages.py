@@ -1,4 +1,6 @@
-"""Which stage is frozen when, ends of training that leave one out, and scores that compare before with after."""
+"""Which stage is frozen when, ends of training that leave one out, and scores that compare before with
+after.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ from fairseq_qn.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-Boundaries = dict[str, tuple[str, int]]  # stage -> (unit, number): frozen after this update, or as this epoch begins
+# stage -> (unit, number): frozen after this update, or as this epoch begins
+Boundaries = dict[str, tuple[str, int]]
 
 
 def boundaries(recipe: Recipe, config: Any) -> Boundaries:
-    """When each stage is frozen: from the options, else from the recipe; a stage without a number is not in it.
+    """When each stage is frozen: from the options, else from the recipe; a stage without a number is not in
+    it.
 
     Raises RecipeError for options that contradict one another or do not fit the stages.
     """
@@ -34,13 +38,17 @@ def boundaries(recipe: Recipe, config: Any) -> Boundaries:
             try:
                 numbers = [int(part) for part in str(text).strip("[]").split(",")]
             except ValueError:
-                raise RecipeError(f"{option}: expected numbers separated by commas, found {text!r}") from None
+                raise RecipeError(
+                    f"{option}: expected numbers separated by commas, found {text!r}"
+                ) from None
             if len(numbers) != len(names) or numbers != sorted(numbers):
                 raise RecipeError(
                     f"{option}: expected {len(names)} rising numbers, for stages {names}, found {numbers}"
                 )
             return {name: (unit, number) for name, number in zip(names, numbers, strict=True)}
-    own = {s.name: ("update", s.update) if s.update is not None else ("epoch", s.epoch) for s in recipe.stages}
+    own = {
+        s.name: ("update", s.update) if s.update is not None else ("epoch", s.epoch) for s in recipe.stages
+    }
     return {name: at for name, at in own.items() if at[1] is not None}
 
 
@@ -57,11 +65,13 @@ def check_ends(due: Boundaries, config: Any) -> None:
         if 0 < last[unit] < at + (unit == "update"):
             logger.warning(
                 "stage %s: %s %d is not before the end of training (--max-%s %d), which leaves it unfrozen; "
-                "`fairseq-qn compress` will freeze it without any training after", stage, unit, at, unit, last[unit]
+                "`fairseq-qn compress` will freeze it without any training after", stage, unit, at, unit,
+                last[unit]
             )  # fmt: skip
         elif to_zero and unit == "update" and at >= decayed:
             raise RecipeError(
-                f"stage {stage}: update {at}: the learning rate is 0 from update {decayed:g} on, so nothing would be "
+                f"stage {stage}: update {at}: the learning rate is 0 from update {decayed:g} on, so nothing "
+                "would be "
                 "trained after the stage; freeze it earlier, or raise --total-num-update"
             )
 
@@ -87,6 +97,9 @@ def count_no_score(stats: dict[str, Any], config: Any) -> None:
 
 def forget_best() -> None:
     """The next score is the first that counts."""
-    programs = [getattr(sys.modules.get(name), "should_stop_early", None) for name in ("fairseq_cli.train", "__main__")]
+    programs = [
+        getattr(sys.modules.get(name), "should_stop_early", None)
+        for name in ("fairseq_cli.train", "__main__")
+    ]
     for function in (checkpoint_utils.save_checkpoint, *filter(None, programs)):
         vars(function).pop("best", None)

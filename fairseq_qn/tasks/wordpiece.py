@@ -1,4 +1,6 @@
-"""BERT's WordPiece as a fairseq BPE: `--bpe qn_wordpiece --wordpiece-vocab vocab.txt [--wordpiece-cased]`."""
+"""BERT's WordPiece as a fairseq BPE: `--bpe qn_wordpiece --wordpiece-vocab vocab.txt
+[--wordpiece-cased]`.
+"""
 
 # no `from __future__ import annotations`: fairseq reads the fields' types as classes
 
@@ -19,31 +21,42 @@ FROM_FAIRSEQ = {ours: theirs for theirs, ours in TO_FAIRSEQ.items()}
 
 @dataclass
 class WordPieceConfig(FairseqDataclass):
-    wordpiece_vocab: str = field(default=MISSING, metadata={"help": "path to a BERT vocab.txt, one token a line"})
-    wordpiece_cased: bool = field(default=False, metadata={"help": "keep case and accents (default: lower-case)"})
+    wordpiece_vocab: str = field(
+        default=MISSING, metadata={"help": "path to a BERT vocab.txt, one token a line"}
+    )
+    wordpiece_cased: bool = field(
+        default=False, metadata={"help": "keep case and accents (default: lower-case)"}
+    )
 
 
 @register_bpe("qn_wordpiece", dataclass=WordPieceConfig)
 class WordPieceBPE:
-    """BERT's tokeniser: clean, lower-case, split at spaces and punctuation, then the longest matching pieces.
+    """BERT's tokeniser: clean, lower-case, split at spaces and punctuation, then the longest matching
+    pieces.
 
-    Text is only text: "[SEP]" or "[MASK]" in it are brackets and letters. Hugging Face's tokeniser takes them for its special
-    tokens unless it is told `split_special_tokens=True`, and a sentence could then end or mask itself.
+    Text is only text: "[SEP]" or "[MASK]" in it are brackets and letters. Hugging Face's tokeniser takes
+    them for its special tokens unless it is told `split_special_tokens=True`, and a sentence could then end
+    or mask itself.
 
-    Raises: UnsupportedError (the `tokenizers` library is missing), FormatError (no such vocabulary, or none at all).
+    Raises: UnsupportedError (the `tokenizers` library is missing), FormatError (no such vocabulary, or none
+    at all).
     """
 
     def __init__(self, cfg: WordPieceConfig):
         try:
             from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
         except ImportError as e:
-            raise UnsupportedError("--bpe qn_wordpiece needs the tokenizers library; pip install tokenizers") from e
+            raise UnsupportedError(
+                "--bpe qn_wordpiece needs the tokenizers library; pip install tokenizers"
+            ) from e
         path = Path(cfg.wordpiece_vocab)
         if not path.is_file():
             raise FormatError(f"--wordpiece-vocab: expected a BERT vocab.txt at {path}, found none")
         vocab = read_wordpieces(path.read_text(encoding="utf-8"))
         if "[UNK]" not in vocab:
-            raise FormatError(f"{path}: expected the special token [UNK], found none; is it a BERT vocab.txt?")
+            raise FormatError(
+                f"{path}: expected the special token [UNK], found none; is it a BERT vocab.txt?"
+            )
         self.tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
         self.tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cfg.wordpiece_cased)
         self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -54,7 +67,9 @@ class WordPieceBPE:
         return " ".join(TO_FAIRSEQ.get(piece, piece) for piece in self.tokenizer.encode(x).tokens)
 
     def decode(self, x: str) -> str:
-        """Pieces joined by spaces -> text (case, accents and spaces around punctuation are not recoverable)."""
+        """Pieces joined by spaces -> text (case, accents and spaces around punctuation are not
+        recoverable).
+        """
         return self.tokenizer.decoder.decode([FROM_FAIRSEQ.get(piece, piece) for piece in x.split()])
 
     def is_beginning_of_word(self, x: str) -> bool:

@@ -1,7 +1,8 @@
-"""The table of adam_moments.sh: adam_moments.py OUT reads the logs of the finished cells; writes OUT/result.json, prints.
+"""The table of adam_moments.sh: adam_moments.py OUT reads the logs of the finished cells; writes
+OUT/result.json, prints.
 
-Loss in nats and accuracy of the held-out pairs after each run's last update. The change is that of projected to kept, of the
-same beta2, seed and checkpoint.
+Loss in nats and accuracy of the held-out pairs after each run's last update. The change is that of projected
+to kept, of the same beta2, seed and checkpoint.
 """
 
 import json
@@ -22,7 +23,8 @@ def cells(out: Path) -> list[dict]:
         assert float(figures["valid_qn_frozen_share"]) == 1, done
         loss = float(figures["valid_loss"]) * math.log(2)  # fairseq logs bits
         rows.append({"moments": moments, "beta2": beta2, "seed": int(seed), "loss": loss,
-                     "accuracy": float(figures["valid_accuracy"]), "updates": int(figures["valid_num_updates"]),
+                     "accuracy": float(figures["valid_accuracy"]),
+                     "updates": int(figures["valid_num_updates"]),
                      "seconds": int(done.read_text().split()[0])})  # fmt: skip
     return rows
 
@@ -45,7 +47,9 @@ def main() -> None:
         if not seeds:
             continue
         pairs = {kind: [found[kind, beta2, seed] for seed in seeds] for kind in ("kept", "projected")}
-        pairs["change"] = [{key: b[key] - a[key] for key in ("loss", "accuracy")} for a, b in zip(*pairs.values())]
+        pairs["change"] = [
+            {key: b[key] - a[key] for key in ("loss", "accuracy")} for a, b in zip(*pairs.values())
+        ]
         for kind, of in pairs.items():
             columns = "  ".join(spread([row[key] for row in of]) for key in ("loss", "accuracy"))
             print(f"{beta2:6} {kind:10} {len(seeds):5}  {columns}")

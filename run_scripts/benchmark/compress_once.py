@@ -1,4 +1,5 @@
-"""One run of `fairseq-qn compress` in this process, or of a peer: compress_once.py CONTENDER CHECKPOINT RECIPE OUT.
+"""One run of `fairseq-qn compress` in this process, or of a peer: compress_once.py CONTENDER CHECKPOINT
+RECIPE OUT.
 
 The last line of stdout is JSON: seconds of each step.
 """
@@ -43,7 +44,10 @@ def steps(checkpoint: str, recipe: str, out: str) -> dict[str, float]:
     for stage in dict.fromkeys(report.stage for report in reports):
         seconds[f"k-means, {stage}"] = sum(report.seconds for report in reports if report.stage == stage)
     learned = sum(report.seconds for report in reports)
-    return seconds | {"freeze beside k-means": frozen - loaded - learned, "encode and save": time.perf_counter() - frozen}
+    return seconds | {
+        "freeze beside k-means": frozen - loaded - learned,
+        "encode and save": time.perf_counter() - frozen,
+    }
 
 
 def plain(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
@@ -63,11 +67,18 @@ def with_faiss(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
 
     def kmeans(x: torch.Tensor, k: int, *, iterations: int, seed: int, **_: Any) -> Clusters:
         blocks = x.float().contiguous()
-        found = faiss.Kmeans(x.shape[1], k, niter=iterations, nredo=1, seed=seed % 2**31, max_points_per_centroid=len(x))
+        found = faiss.Kmeans(
+            x.shape[1], k, niter=iterations, nredo=1, seed=seed % 2**31, max_points_per_centroid=len(x)
+        )
         found.train(blocks.numpy())
         distances, codes = found.index.search(blocks.numpy(), 1)
         codes = torch.from_numpy(codes[:, 0]).int()
-        return Clusters(codes, cluster_means(blocks, codes, k)[0], (float(distances.sum()),), float(blocks.square().sum()))
+        return Clusters(
+            codes,
+            cluster_means(blocks, codes, k)[0],
+            (float(distances.sum()),),
+            float(blocks.square().sum()),
+        )
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     product.kmeans = kmeans
@@ -82,7 +93,13 @@ def torch_save(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
     return {}
 
 
-CONTENDERS = {"command": command, "steps": steps, "plain": plain, "faiss": with_faiss, "torch.save": torch_save}
+CONTENDERS = {
+    "command": command,
+    "steps": steps,
+    "plain": plain,
+    "faiss": with_faiss,
+    "torch.save": torch_save,
+}
 
 if __name__ == "__main__":
     print(json.dumps(CONTENDERS[sys.argv[1]](*sys.argv[2:])))

@@ -1,7 +1,8 @@
-"""From a file on disk to the first answer, once, in this process: first_answer.py CONTENDER FILE prints a line of JSON.
+"""From a file on disk to the first answer, once, in this process: first_answer.py CONTENDER FILE prints a
+line of JSON.
 
-Imports come before the clock starts and before the memory is noted. Memory is the peak of what is resident, above what the
-process held after its imports; pages of a mapped file that were touched count.
+Imports come before the clock starts and before the memory is noted. Memory is the peak of what is resident,
+above what the process held after its imports; pages of a mapped file that were touched count.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from fairseq_qn import hub
 from fairseq_qn.models.describe import NoData
 
 TOKENS = 32
-HUB, LEAN, LEANEST = "fairseq from_pretrained", "mapped torch.load, load_state_dict", "same, built and filled without copies"
+HUB, LEAN, LEANEST = (
+    "fairseq from_pretrained",
+    "mapped torch.load, load_state_dict",
+    "same, built and filled without copies",
+)
 
 
 def fairseq_hub(path: Path) -> nn.Module:

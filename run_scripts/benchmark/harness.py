@@ -1,4 +1,6 @@
-"""What the parts share: contenders run in turn, the limits of this machine, one table and one JSON file for each part."""
+"""What the parts share: contenders run in turn, the limits of this machine, one table and one JSON file for
+each part.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ OURS = "fairseq_qn"
 class Case:
     """One line of a table: values of ours and of each peer, repeat by repeat, lower being better.
 
-    unit: of the values, s or B. limit: what this machine's arithmetic or memory allows, in the same unit, and `limited_by`
-    what it is. ratio of ours to a peer: the median over the repeats of the quotients within a repeat.
+    unit: of the values, s or B. limit: what this machine's arithmetic or memory allows, in the same unit,
+    and `limited_by` what it is. ratio of ours to a peer: the median over the repeats of the quotients within
+    a repeat.
     """
 
     name: str
@@ -49,11 +52,17 @@ class Case:
             if name != OURS and OURS in self.values:
                 data["contenders"][name]["ratio_of_ours"] = self.ratio(name)
         if self.limit is not None:
-            data["limit"] = {"value": self.limit, "by": self.limited_by, "share_reached": self.limit / self.median()}
+            data["limit"] = {
+                "value": self.limit,
+                "by": self.limited_by,
+                "share_reached": self.limit / self.median(),
+            }
         return data | self.extra
 
 
-def race(contenders: Mapping[str, Callable[[], Any]], repeats: int = 5, inner: int = 1) -> dict[str, list[float]]:
+def race(
+    contenders: Mapping[str, Callable[[], Any]], repeats: int = 5, inner: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each call: one uncounted round, then `repeats` rounds, every second one in reverse order.
 
     inner: calls within one measurement, for calls that take less than some milliseconds.
@@ -82,7 +91,8 @@ def run_fresh(script: str | Path, *args: object) -> dict[str, Any]:
 def peak_memory() -> int:
     """Bytes of memory that this process held at most so far.
 
-    Of Linux' own high-water mark: what getrusage says of a child begins at what its parent held when it was started.
+    Of Linux' own high-water mark: what getrusage says of a child begins at what its parent held when it was
+    started.
     """
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024
@@ -134,15 +144,28 @@ def machine() -> dict[str, Any]:
 def show(value: float, unit: str) -> str:
     """A value as a person reads it."""
     if unit == "s":
-        return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} us"
+        return (
+            f"{value:.2f} s"
+            if value >= 1
+            else f"{value * 1e3:.1f} ms"
+            if value >= 1e-3
+            else f"{value * 1e6:.0f} us"
+        )
     return f"{value / 1e6:.1f} MB" if unit == "B" else f"{value:.4g} {unit}"
 
 
 def render(cases: list[Case], title: str, notes: list[str]) -> str:
-    """A Markdown table: a line per case, a column per contender with ours as a multiple of it, the limit, the share."""
+    """A Markdown table: a line per case, a column per contender with ours as a multiple of it, the limit,
+    the share.
+    """
     peers = list(dict.fromkeys(name for case in cases for name in case.values if name != OURS))
     limited = any(case.limit is not None for case in cases)
-    heads = ["", OURS, *(f"{peer} (ours / it)" for peer in peers), *(["limit", "share reached"] if limited else [])]
+    heads = [
+        "",
+        OURS,
+        *(f"{peer} (ours / it)" for peer in peers),
+        *(["limit", "share reached"] if limited else []),
+    ]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for case in cases:
         row = [case.name, show(case.median(), case.unit) if OURS in case.values else "-"]
@@ -155,10 +178,14 @@ def render(cases: list[Case], title: str, notes: list[str]) -> str:
             row += ["-", "-"]
         lines.append(row)
     info = machine()
-    where = (f"{info['processor']} ({', '.join(info['units'])}), {info['threads']} threads, torch {info['torch']}, "
-             f"Python {info['python']}, {info['date']}")  # fmt: skip
+    where = (
+        f"{info['processor']} ({', '.join(info['units'])}), {info['threads']} threads, torch "
+        f"{info['torch']}, "
+        f"Python {info['python']}, {info['date']}"
+    )
     body = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-    said = [note if note.startswith("|") or not note else f"{note}  " for note in notes]  # two blanks break a line
+    # two blanks break a line
+    said = [note if note.startswith("|") or not note else f"{note}  " for note in notes]
     return "\n".join([f"### {title}", "", body, "", *said, where, ""])
 
 
@@ -166,10 +193,18 @@ def report(part: str, title: str, cases: list[Case], notes: list[str], args: arg
            extra: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Print the table; write it, and everything measured, to OUT/PART.md and OUT/PART.json."""
     text = render(cases, title, notes)
-    data = {"part": part, "machine": machine(), "repeats": args.repeats, "cases": [c.to_dict() for c in cases], "notes": notes}
+    data = {
+        "part": part,
+        "machine": machine(),
+        "repeats": args.repeats,
+        "cases": [c.to_dict() for c in cases],
+        "notes": notes,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{part}.md").write_text(text, encoding="utf-8")
-    (args.out / f"{part}.json").write_text(json.dumps(data | dict(extra or {}), indent=1) + "\n", encoding="utf-8")
+    (args.out / f"{part}.json").write_text(
+        json.dumps(data | dict(extra or {}), indent=1) + "\n", encoding="utf-8"
+    )
     print(f"\n{text}", flush=True)
 
 

@@ -1,4 +1,6 @@
-"""Checkpoint to finished file: wall time, processor time and peak memory of the whole command, in a process of its own."""
+"""Checkpoint to finished file: wall time, processor time and peak memory of the whole command, in a process
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def run(contender: str, checkpoint: Path, out: Path) -> tuple[float, float, floa
 
 
 def written(folder: Path, layers: int, width: int, heads: int) -> Path:
-    """A checkpoint, by a process of its own: what this one has held would count as the peak of those that it starts."""
+    """A checkpoint, by a process of its own: what this one has held would count as the peak of those that it
+    starts.
+    """
     command = [sys.executable, HERE / "checkpoints.py", folder]
     for name, value in (("layers", layers), ("width", width), ("heads", heads)):
         command += [f"--{name}", value]
@@ -67,7 +71,9 @@ def measure(size: str, folder: Path, repeats: int, peers: Sequence[str]) -> list
     extra = {"parameters": millions * 1e6, "steps": steps, "cpu_seconds": processor}
     label = f"{size}, {millions:.0f} M"
     return [
-        Case(f"{label}, time", {name: [v[0] for v in f] for name, f in found.items()}, limit, by, extra=extra),
+        Case(
+            f"{label}, time", {name: [v[0] for v in f] for name, f in found.items()}, limit, by, extra=extra
+        ),
         Case(f"{label}, peak memory", {name: [v[2] for v in f] for name, f in found.items()}, unit="B"),
     ]
 
@@ -82,15 +88,26 @@ def growth(cases: Sequence[Case]) -> float | None:
 
 def notes(cases: Sequence[Case], without_kernel: float | None = None) -> list[str]:
     """What the table says under it."""
-    lines = [f"The whole command: start, imports, checkpoint to finished file; {ITERATIONS} iterations of k-means, K = {K}."]
+    lines = [
+        f"The whole command: start, imports, checkpoint to finished file; {ITERATIONS} iterations of "
+        f"k-means, K = {K}."
+    ]
     for case in cases:
         if case.unit == "s":
             steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in case.extra["steps"].items())
             lines.append(f"{case.name}, one run by steps, in seconds: {steps}.")
     slope = growth(cases)
     lines += [f"Time grows as parameters^{slope:.2f}."] if slope is not None else []
-    lines += [f"Without the compiled kernel (one run, roberta_base): {without_kernel:.0f} s."] if without_kernel else []
-    return [*lines, "limit: the operations of k-means at the rate of this machine's fp32 matrix product, and nothing else."]
+    lines += (
+        [f"Without the compiled kernel (one run, roberta_base): {without_kernel:.0f} s."]
+        if without_kernel
+        else []
+    )
+    return [
+        *lines,
+        "limit: the operations of k-means at the rate of this machine's fp32 matrix product, and nothing "
+        "else.",
+    ]
 
 
 def main() -> None:
@@ -98,14 +115,20 @@ def main() -> None:
     parser = arguments("compress")
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES), help="some sizes")
     parser.add_argument("--peers", nargs="*", choices=[FAISS, SAVE], default=[FAISS, SAVE])
-    parser.add_argument("--checkpoints", type=Path, help="folder that keeps the checkpoints for the next time")
-    parser.add_argument("--plain", action="store_true", help="roberta_base without the compiled kernel too, once")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder that keeps the checkpoints for the next time"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="roberta_base without the compiled kernel too, once"
+    )
     args = parser.parse_args()
     extra: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.checkpoints or Path(temporary)
         peers = {"roberta_base": args.peers}
-        cases = [case for size in args.only for case in measure(size, folder, args.repeats, peers.get(size, []))]
+        cases = [
+            case for size in args.only for case in measure(size, folder, args.repeats, peers.get(size, []))
+        ]
         if args.plain:
             base = written(folder / "roberta_base", *SIZES["roberta_base"][:3])
             extra["without_kernel_seconds"] = run("plain", base, folder / "out")[0]

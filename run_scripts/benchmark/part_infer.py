@@ -1,6 +1,8 @@
-"""Answering: a RoBERTa-base from the small file, packed and dense, beside the dense fp32 model and other ways to pack it.
+"""Answering: a RoBERTa-base from the small file, packed and dense, beside the dense fp32 model and other
+ways to pack it.
 
-Every contender is the same network with the same decoded weights: its Linears (and its LM head) are replaced, nothing else.
+Every contender is the same network with the same decoded weights: its Linears (and its LM head) are
+replaced, nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +20,17 @@ from peers import aqlm_linear, dynamic_int8, fairseq_linear, replaced
 from torch import Tensor, nn
 
 RECIPE = Path(__file__).parents[2] / "configs/recipes/roberta.yaml"
-GROUPS_OF_8 = {"version": 1, "rules": [
-    {"layers": r".*(fc[12]|embed_tokens|(q|k|v|out)_proj)", "scheme": "product", "block_size": 8, "n_centroids": 256},
-]}  # fmt: skip
+GROUPS_OF_8 = {
+    "version": 1,
+    "rules": [
+        {
+            "layers": r".*(fc[12]|embed_tokens|(q|k|v|out)_proj)",
+            "scheme": "product",
+            "block_size": 8,
+            "n_centroids": 256,
+        },
+    ],
+}
 SHAPES = ((1, 32), (1, 128), (16, 128))
 PAD, THREADS = 1, torch.get_num_threads()
 TOLERANCE = {"packed": 1e-5, "bfloat16": 5e-2}  # of the largest logit of the dense fp32 model
@@ -70,7 +80,9 @@ def answer(model: nn.Module, tokens: Tensor, logits: bool) -> Callable[[], Tenso
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest, over the largest value. Without the logit of the pad row, which the peers' layouts cannot hold at zero."""
+    """The largest, over the largest value. Without the logit of the pad row, which the peers' layouts cannot
+    hold at zero.
+    """
     keep = [i for i in range(expected.shape[-1]) if i != PAD] if expected.shape[-1] > 50_000 else slice(None)
     return float((found.float() - expected)[..., keep].abs().max() / expected.abs().max())
 
@@ -86,7 +98,10 @@ def limit(packed: nn.Module, tokens: Tensor, logits: bool) -> tuple[float, str]:
         k, d = module.codebook.shape
         flops += batch * length * (2 * k * d * codes.shape[1] + codes.numel())
         memory += codes.numel()
-    layers, width = len(packed.encoder.sentence_encoder.layers), packed.encoder.sentence_encoder.layers[0].embed_dim
+    layers, width = (
+        len(packed.encoder.sentence_encoder.layers),
+        packed.encoder.sentence_encoder.layers[0].embed_dim,
+    )
     flops += layers * 4 * batch * length**2 * width  # attention itself
     return harness.roofline(flops, memory)
 
@@ -107,7 +122,8 @@ def measure(path: Path, name: str, logits: bool, repeats: int) -> tuple[list[har
         tokens = torch.randint(4, 50_000, (batch, length), generator=torch.Generator().manual_seed(0))
         tokens[:, 0], tokens[:, -1] = 0, 2
         runs = {key: answer(model, tokens, logits) for key, model in models.items()}
-        if batch > 1 and name != "all 8":  # aqlm goes row by row: minutes, so only once, in the layout that is its own
+        # aqlm goes row by row: minutes, so only once, in the layout that is its own
+        if batch > 1 and name != "all 8":
             del runs["aqlm"]
         reference = runs["dense fp32"]()
         errors = {key: difference(run(), reference) for key, run in runs.items()}
@@ -118,7 +134,11 @@ def measure(path: Path, name: str, logits: bool, repeats: int) -> tuple[list[har
         seconds = harness.race(runs, repeats)
         torch.set_num_threads(THREADS)
         bound, by = limit(models[harness.OURS], tokens, logits)
-        cases.append(harness.Case(what, seconds, bound, by, extra={"error_over_largest": errors, "memory_over_file": ratio}))
+        cases.append(
+            harness.Case(
+                what, seconds, bound, by, extra={"error_over_largest": errors, "memory_over_file": ratio}
+            )
+        )
     return cases, notes
 
 
@@ -138,7 +158,13 @@ def main() -> None:
     differences = ", ".join(f"{key} {value:.1e}" for key, value in worst.items())
     notes.append(f"largest difference to dense fp32, over the largest value: {differences}")
     torch.set_num_threads(THREADS)
-    harness.report("infer", "Answering: RoBERTa-base, from tokens to features or to all 50,265 logits", cases, notes, args)
+    harness.report(
+        "infer",
+        "Answering: RoBERTa-base, from tokens to features or to all 50,265 logits",
+        cases,
+        notes,
+        args,
+    )
 
 
 if __name__ == "__main__":

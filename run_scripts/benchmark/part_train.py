@@ -1,7 +1,9 @@
-"""A training step of fairseq's masked LM with weight views, against the same model without, beside fairseq's own noise.
+"""A training step of fairseq's masked LM with weight views, against the same model without, beside fairseq's
+own noise.
 
-A RoBERTa of 6 layers, 384 wide, 16 x 128 tokens, fp32. A step is what fairseq's trainer does: forward, loss, backward,
-scale, clip, Adam. Memory is the peak of a process of its own, which differs by some 30 MB from run to run: the median of two.
+A RoBERTa of 6 layers, 384 wide, 16 x 128 tokens, fp32. A step is what fairseq's trainer does: forward, loss,
+backward, scale, clip, Adam. Memory is the peak of a process of its own, which differs by some 30 MB from run
+to run: the median of two.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def batch(task: Any) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     counts = 1 / torch.arange(1.0, len(task.source_dictionary) - 4)
-    tokens = 4 + torch.multinomial(counts, SENTENCES * TOKENS, True, generator=generator).view(SENTENCES, TOKENS)
+    tokens = 4 + torch.multinomial(counts, SENTENCES * TOKENS, True, generator=generator).view(
+        SENTENCES, TOKENS
+    )
     masked = torch.rand(tokens.shape, generator=generator) < 0.15
     target = tokens.where(masked, torch.tensor(task.source_dictionary.pad()))
     lengths = torch.full((SENTENCES,), TOKENS)
@@ -83,7 +87,9 @@ def trainee(name: str, folder: Path) -> Step:
         variant = VARIANTS[name]
         fairseq_qn.apply(model, recipe(variant["noise"], variant.get("rule")))
         fairseq_qn.freeze(model, iterations=1) if variant.get("frozen") else fairseq_qn.refresh(model)
-    config = FairseqAdamConfig(adam_betas="(0.9, 0.98)", adam_eps=1e-6, weight_decay=0.01, tpu=False, lr=[1e-4])
+    config = FairseqAdamConfig(
+        adam_betas="(0.9, 0.98)", adam_eps=1e-6, weight_decay=0.01, tpu=False, lr=[1e-4]
+    )
     optimizer = FairseqAdam(config, list(model.parameters()))
     criterion, sample, update = MaskedLmLoss(MaskedLmConfig(tpu=False), task), batch(task), 0
 
@@ -162,7 +168,9 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 train()
         seconds = race({OURS: step, **peers}, args.repeats, inner=2)
         cases.append(Case(name, seconds, extra={"profile": profile(step)}))
-        progress(f"{name}: {cases[-1].ratio(DENSE):.3f} of the step without views, {cases[-1].extra['profile']}")
+        progress(
+            f"{name}: {cases[-1].ratio(DENSE):.3f} of the step without views, {cases[-1].extra['profile']}"
+        )
     memory: dict[str, list[int]] = {name: [] for name in (DENSE, HOOK, *args.only)}
     for _ in range(FRESH):
         for name, values in memory.items():
@@ -172,14 +180,22 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     for name in args.only:
         values = {OURS: memory[name], DENSE: memory[DENSE], HOOK: memory[HOOK]}
         layers = (median(memory[name]) - median(memory[DENSE])) / TABLE
-        cases.append(Case(f"{name}: peak memory", values, limit, "one layer more", "B", {"extra_layers": layers}))
+        cases.append(
+            Case(f"{name}: peak memory", values, limit, "one layer more", "B", {"extra_layers": layers})
+        )
     notes = [
-        f"RoBERTa of {LAYERS} layers, {WIDTH} wide, {SENTENCES} x {TOKENS} tokens, fp32, masked LM, fairseq's Adam; layers and "
+        f"RoBERTa of {LAYERS} layers, {WIDTH} wide, {SENTENCES} x {TOKENS} tokens, fp32, masked LM, "
+        "fairseq's Adam; layers and "
         f"block sizes of {RECIPE.name}. The largest layer, the table, takes {TABLE / 1e6:.0f} MB.",
         "Reads and gradients of the views, ms a step: "
-        + "; ".join(f"{c.name} {c.extra['profile']['reads'] * 1e3:.0f} and {c.extra['profile']['gradients'] * 1e3:.0f}"
-                    for c in cases if "profile" in c.extra) + ".",
-    ]  # fmt: skip
+        + "; ".join(
+            f"{c.name} {c.extra['profile']['reads'] * 1e3:.0f} and "
+            f"{c.extra['profile']['gradients'] * 1e3:.0f}"
+            for c in cases
+            if "profile" in c.extra
+        )
+        + ".",
+    ]
     report("train", "A training step", cases, notes, args)
 
 

@@ -1,4 +1,6 @@
-"""Linear layers of other libraries over our codes: the same decoded weight, in their own layout and by their own kernel."""
+"""Linear layers of other libraries over our codes: the same decoded weight, in their own layout and by their
+own kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 
 
 def aqlm_linear(codes: Tensor, codebook: Tensor, bias: Tensor | None) -> nn.Module:
-    """aqlm's 1x8 layer, groups of d; its CPU kernel (numba). A block size other than 8 works the same way."""
+    """aqlm's 1x8 layer, groups of d; its CPU kernel (numba). A block size other than 8 works the same
+    way.
+    """
     from aqlm import QuantizedLinear
 
     (out, groups), (k, d) = codes.shape, codebook.shape
@@ -24,7 +28,9 @@ def aqlm_linear(codes: Tensor, codebook: Tensor, bias: Tensor | None) -> nn.Modu
 
 
 def fairseq_linear(codes: Tensor, codebook: Tensor, bias: Tensor | None) -> nn.Module:
-    """fairseq's PQLinear, which decodes the weight at each call. Its assignments run over column blocks first, as int64."""
+    """fairseq's PQLinear, which decodes the weight at each call. Its assignments run over column blocks
+    first, as int64.
+    """
     from fairseq.modules.quantization.pq.modules import PQLinear
 
     (out, groups), d = codes.shape, codebook.shape[1]
@@ -33,7 +39,9 @@ def fairseq_linear(codes: Tensor, codebook: Tensor, bias: Tensor | None) -> nn.M
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
     """torch's dynamic quantisation of all Linears; the LM head's product with the table stays dense."""
-    return calling(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True))
+    return calling(
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    )
 
 
 def calling(model: nn.Module) -> nn.Module:
@@ -44,7 +52,9 @@ def calling(model: nn.Module) -> nn.Module:
 
 
 def replaced(model: nn.Module, packed: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
-    """`model` with each Linear that `packed` holds as codes, attention's too, and the LM head's product made by `make`."""
+    """`model` with each Linear that `packed` holds as codes, attention's too, and the LM head's product made
+    by `make`.
+    """
     for name, module in packed.named_modules():
         if hasattr(module, "codes") and isinstance(module, nn.Linear):
             parent, _, attribute = name.rpartition(".")

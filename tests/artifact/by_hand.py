@@ -1,4 +1,6 @@
-"""The format written down a second time: a file taken apart, and put together under right digests whatever it claims."""
+"""The format written down a second time: a file taken apart, and put together under right digests whatever
+it claims.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,26 @@ def parts(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
         return head, json.loads(meta["manifest"]), raw[8 + length :]
     digests = b85decode(meta["digests"]).hex()
     table = {
-        name: {"dtype": head[name]["dtype"], "shape": head[name]["shape"], "sha256": digests[64 * i : 64 * (i + 1)]}
+        name: {
+            "dtype": head[name]["dtype"],
+            "shape": head[name]["shape"],
+            "sha256": digests[64 * i : 64 * (i + 1)],
+        }
         for i, name in enumerate(sorted(head))
     }
-    return head, json.loads(zlib.decompress(b85decode(meta["manifest"]))) | {"tensors": table}, raw[8 + length :]
+    return (
+        head,
+        json.loads(zlib.decompress(b85decode(meta["manifest"]))) | {"tensors": table},
+        raw[8 + length :],
+    )
 
 
-def forge(path: Path, head: dict[str, Any], manifest: Any, data: bytes, version: int = 2, /, **meta: Any) -> None:
-    """A file whose header digest is right whatever the header claims. manifest: JSON, or data with its table."""
+def forge(
+    path: Path, head: dict[str, Any], manifest: Any, data: bytes, version: int = 2, /, **meta: Any
+) -> None:
+    """A file whose header digest is right whatever the header claims. manifest: JSON, or data with its
+    table.
+    """
     text = manifest if isinstance(manifest, str) else json.dumps(manifest)
     fields = {"format": "fairseq_qn", "manifest": text, "header_sha256": "0" * 64}
     if version > 1:
@@ -73,7 +87,9 @@ def forge_text(path: Path, text: str, data: bytes) -> None:
     path.write_bytes(raw.replace(blank, blank[:17] + hashlib.sha256(raw).hexdigest().encode()) + data)
 
 
-def assert_refused(path: Path, match: str = "expected", readers: tuple[Callable, ...] = (read, read_manifest)) -> None:
+def assert_refused(
+    path: Path, match: str = "expected", readers: tuple[Callable, ...] = (read, read_manifest)
+) -> None:
     """One line that says what, where, expected and found."""
     for reader in readers:
         with pytest.raises(FormatError, match=match) as error:

@@ -60,7 +60,9 @@ def test_chunks_join(bits: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(unpack(whole, bits, len(values)).long(), values)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
+)
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (2, 1, 3)])
 def test_any_integer_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     values = torch.from_numpy(np.random.default_rng(0).integers(0, 32, shape)).to(dtype)
@@ -72,7 +74,8 @@ def test_any_integer_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...])
 def test_strided_views(bits: int) -> None:
     values = torch.arange(24).reshape(4, 6)
     assert unpack(pack(values.T, bits), bits, 24).tolist() == values.T.reshape(-1).tolist()
-    packed = torch.cat([torch.zeros(1, dtype=torch.uint8), pack(values, bits)])[1:]  # starts at an odd address
+    # starts at an odd address
+    packed = torch.cat([torch.zeros(1, dtype=torch.uint8), pack(values, bits)])[1:]
     assert unpack(packed, bits, 24).tolist() == values.reshape(-1).tolist()
     assert unpack(packed.repeat_interleave(2)[::2], bits, 24).tolist() == values.reshape(-1).tolist()
 
@@ -140,10 +143,15 @@ def test_every_padding_bit_is_checked(case: tuple[list[int], int]) -> None:
 
 
 def test_messages_are_one_line_of_the_named_family() -> None:
-    for call in (lambda: pack(torch.tensor([9]), 3), lambda: unpack(torch.zeros(2, dtype=torch.uint8), 3, 1)):
+    for call in (
+        lambda: pack(torch.tensor([9]), 3),
+        lambda: unpack(torch.zeros(2, dtype=torch.uint8), 3, 1),
+    ):
         with pytest.raises(QNError) as error:
             call()
-        assert "\n" not in str(error.value) and "expected" in str(error.value) and "found" in str(error.value)
+        assert (
+            "\n" not in str(error.value) and "expected" in str(error.value) and "found" in str(error.value)
+        )
 
 
 def test_golden_bytes() -> None:

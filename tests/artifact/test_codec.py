@@ -1,4 +1,6 @@
-"""A weight's tensors in the file: their declared layout, exact codes, and fp16 that neither overflows nor vanishes."""
+"""A weight's tensors in the file: their declared layout, exact codes, and fp16 that neither overflows nor
+vanishes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FLOATS = st.sampled_from(list(codec.FLOATS.values()))
 
 
 def check_layout(entry: codec.Entry, parts: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == codec.layout(entry, dtype)
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == codec.layout(
+        entry, dtype
+    )
 
 
 @given(weights_and_block_sizes(), st.sampled_from([1, 2, 3, 5, 8, 100, 257]), FLOATS, st.integers(0, 999))
@@ -90,7 +94,11 @@ def test_scaling_is_exact() -> None:
 def test_what_is_not_floating_point_stays_and_fp32_is_untouched() -> None:
     for values in (torch.tensor([1, 2**40]), torch.tensor([True]), torch.tensor(3, dtype=torch.int32)):
         narrow, exponent = codec.narrowed(values, torch.float16)
-        assert torch.equal(codec.widened(narrow, exponent), values) and narrow.dtype == values.dtype and exponent == 0
+        assert (
+            torch.equal(codec.widened(narrow, exponent), values)
+            and narrow.dtype == values.dtype
+            and exponent == 0
+        )
     values = torch.tensor([1e-30, 3e38])
     assert torch.equal(codec.narrowed(values, torch.float32)[0], values)
     assert codec.narrowed(values.double(), torch.float32)[0].dtype == torch.float32
@@ -116,7 +124,11 @@ def test_codes_beyond_the_codebook(k: int, code: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_a_pad_row_has_a_scale_of_its_own(scale: float) -> None:
-    codes, codebook, pad = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[0.5, -1], [2, 3]]), torch.randn(4) * scale
+    codes, codebook, pad = (
+        torch.tensor([[0, 1], [0, 0]]),
+        torch.tensor([[0.5, -1], [2, 3]]),
+        torch.randn(4) * scale,
+    )
     entry = codec.product_entry((2, 4), 2, 2, 1, pad=True)
     parts = codec.encode_product(entry, codes, codebook, torch.float16, pad)
     check_layout(entry, parts, torch.float16)

@@ -23,7 +23,8 @@ from fairseq_qn.artifact.container import predict_bytes, read, read_manifest, wr
 from fairseq_qn.errors import EncodeError
 
 DTYPES = [
-    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
+    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32,
+    torch.int64,
     torch.bool, torch.float64,
 ]  # fmt: skip
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,11 @@ GOLDEN = Path(__file__).parent / "data"
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -46,7 +51,9 @@ manifests = st.dictionaries(texts.filter(lambda key: key != "tensors"), plain, m
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Any bytes (NaN payloads too) as a tensor of rank 0 to 4, empty ones included; now and then a transposed view."""
+    """Any bytes (NaN payloads too) as a tensor of rank 0 to 4, empty ones included; now and then a
+    transposed view.
+    """
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     count = int(torch.Size(shape).numel())
@@ -54,7 +61,9 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
         tensor = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=dtype)
     else:
         size = count * dtype.itemsize
-        tensor = torch.tensor(list(draw(st.binary(min_size=size, max_size=size))), dtype=torch.uint8).view(dtype)
+        tensor = torch.tensor(list(draw(st.binary(min_size=size, max_size=size))), dtype=torch.uint8).view(
+            dtype
+        )
     tensor = tensor.reshape(shape)
     return tensor.transpose(0, -1) if tensor.dim() > 1 and draw(st.booleans()) else tensor
 
@@ -76,7 +85,9 @@ def path(tmp_path: Path) -> Path:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(files, manifests)
-def test_round_trip_and_exact_prediction(tmp_path: Path, tensors: dict[str, torch.Tensor], manifest: dict) -> None:
+def test_round_trip_and_exact_prediction(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], manifest: dict
+) -> None:
     path = tmp_path / "f"
     size = write(path, tensors, manifest)
     assert size == path.stat().st_size == predict_bytes(shapes_of(tensors), manifest)
@@ -114,7 +125,8 @@ def test_golden_files(version: int, path: Path) -> None:
     told, (tensors, manifest) = parts(golden), read(golden)
     assert all(same(tensor, small()[name]) for name, tensor in tensors.items()) and len(tensors) == 4
     assert manifest == told[1] == {**MANIFEST, "tensors": told[1]["tensors"]} == read_manifest(golden)
-    if version == header.VERSION:  # byte for byte but for the manifest, whose deflated bytes are zlib's choice
+    # byte for byte but for the manifest, whose deflated bytes are zlib's choice
+    if version == header.VERSION:
         assert told == parts(path)
 
 
@@ -230,7 +242,12 @@ def test_reading_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
     write(tmp_path / "small", small(), {})
     size = write(tmp_path / "large", {str(i): torch.ones(3_000_000) for i in range(8)}, {})
     for share, enough in [(1.1, True), (0.9, False)]:  # the second shows that the limit bites
-        script = [textwrap.dedent(MEMORY), str(tmp_path / "small"), str(tmp_path / "large"), str(int(share * size))]
+        script = [
+            textwrap.dedent(MEMORY),
+            str(tmp_path / "small"),
+            str(tmp_path / "large"),
+            str(int(share * size)),
+        ]
         done = subprocess.run([sys.executable, "-c", *script], capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode == 0) == enough, done.stderr
 

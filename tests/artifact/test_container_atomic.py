@@ -132,7 +132,9 @@ def test_a_link_keeps_pointing(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and read(tmp_path / "link")[0].keys() == small().keys()
 
 
-def test_a_relative_path_and_a_directory_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_and_a_directory_that_cannot_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     fsync = os.fsync
 
@@ -184,7 +186,9 @@ KILLER = """
 
 
 def test_a_kill_at_any_line_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
-    """A child is killed before its first line of our code, its second, and so on, until one lives to the end."""
+    """A child is killed before its first line of our code, its second, and so on, until one lives to the
+    end.
+    """
     path = tmp_path / "f"
     write(path, {"a": torch.ones(3000)}, {})
     script = [sys.executable, "-c", textwrap.dedent(KILLER), str(path), "0"]
@@ -226,7 +230,9 @@ def test_the_next_write_to_a_path_sweeps_what_a_killed_one_left(path: Path) -> N
     assert sorted(os.listdir(path.parent)) == sorted([path.name, other.name])
 
 
-def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flock, swept = fcntl.flock, []
 
     def late(file: Any, how: int) -> None:

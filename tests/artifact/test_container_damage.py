@@ -90,7 +90,14 @@ def test_things_that_are_no_such_file(tmp_path: Path) -> None:
     assert_refused(Path("/dev/null"), "device")
     os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
     assert_refused(tmp_path / "pipe", "device")
-    for content in (b"", b"\0" * 7, b"\0" * 8, b"\0" * 100, b"\xff" * 100, (10**12).to_bytes(8, "little") + b"{}"):
+    for content in (
+        b"",
+        b"\0" * 7,
+        b"\0" * 8,
+        b"\0" * 100,
+        b"\xff" * 100,
+        (10**12).to_bytes(8, "little") + b"{}",
+    ):
         (tmp_path / "f").write_bytes(content)
         assert_refused(tmp_path / "f", "header")
     safetensors.torch.save_file(small(), tmp_path / "f")
@@ -148,7 +155,10 @@ def test_the_forger_can_write_a_good_file(version: int, path: Path) -> None:
 def test_missing_and_extra_tensors(path: Path) -> None:
     """Of the table that version 1 has."""
     head, manifest, data = parts(path)
-    absent = {**manifest, "tensors": {**manifest["tensors"], "gone": {"dtype": "U8", "shape": [0], "sha256": ""}}}
+    absent = {
+        **manifest,
+        "tensors": {**manifest["tensors"], "gone": {"dtype": "U8", "shape": [0], "sha256": ""}},
+    }
     forge(path, head, absent, data, 1)
     assert_refused(path, "1 missing, first 'gone'")
     forge(path, {**head, "more": entry("U8", [1], len(data), len(data) + 1)}, manifest, data + b"\0", 1)
@@ -158,7 +168,15 @@ def test_missing_and_extra_tensors(path: Path) -> None:
 def test_the_table_and_the_tensors_must_agree(path: Path) -> None:
     head, manifest, data = parts(path)
     record = manifest["tensors"]["codebook"]
-    for wrong in ({**record, "shape": [4]}, {**record, "dtype": "I16"}, {**record, "more": 1}, {}, None, [], "F16"):
+    for wrong in (
+        {**record, "shape": [4]},
+        {**record, "dtype": "I16"},
+        {**record, "more": 1},
+        {},
+        None,
+        [],
+        "F16",
+    ):
         forge(path, head, {**manifest, "tensors": {**manifest["tensors"], "codebook": wrong}}, data, 1)
         assert_refused(path, "tensor 'codebook'")
     for sha256 in ("0" * 64, "", None, 5):
@@ -183,12 +201,31 @@ def test_digests(path: Path) -> None:
 
 
 CLAIMS = [
-    *(entry("F32", [10**12], 0, 4 * 10**12), entry("F32", [10**12], 0, 4), entry("F32", [10**6, 10**6], 0, 4)),
-    *(entry("F32", [2**32, 2**32], 0, 4), entry("F32", [2**32, 2**32], 0, 2**66), entry("F32", [2**63], 0, 0)),
-    *(entry("F32", [0, 2**62, 2**62], 0, 0), entry("F32", [10**4000, 0], 0, 0), entry("F32", [1] * 65, 0, 4)),
+    *(
+        entry("F32", [10**12], 0, 4 * 10**12),
+        entry("F32", [10**12], 0, 4),
+        entry("F32", [10**6, 10**6], 0, 4),
+    ),
+    *(
+        entry("F32", [2**32, 2**32], 0, 4),
+        entry("F32", [2**32, 2**32], 0, 2**66),
+        entry("F32", [2**63], 0, 0),
+    ),
+    *(
+        entry("F32", [0, 2**62, 2**62], 0, 0),
+        entry("F32", [10**4000, 0], 0, 0),
+        entry("F32", [1] * 65, 0, 4),
+    ),
     *(entry("F32", shape, 0, 4) for shape in ([-1, -1], [True], [1.0], ["1"], [2], [[1]], None, {}, "1")),
-    *(entry("F32", [1], *offsets) for offsets in ([4, 0], [4, 8], [-4, 0], [0.0, 4], [False, 4], [0, 4, 4], [0], [])),
-    *(entry("F32", [1], None, 4), entry("U8", [4], "0", "4"), {"dtype": "U8", "shape": [4], "data_offsets": None}),
+    *(
+        entry("F32", [1], *offsets)
+        for offsets in ([4, 0], [4, 8], [-4, 0], [0.0, 4], [False, 4], [0, 4, 4], [0], [])
+    ),
+    *(
+        entry("F32", [1], None, 4),
+        entry("U8", [4], "0", "4"),
+        {"dtype": "U8", "shape": [4], "data_offsets": None},
+    ),
     *(entry(dtype, [1], 0, 4) for dtype in ("F33", "f32", "C64", None, [], 4)),
     *({**entry("F32", [1], 0, 4), "more": 1}, {"dtype": "F32", "shape": [1]}, {}, [], None, 5, "text"),
 ]
@@ -201,16 +238,24 @@ def test_impossible_claims_fail_without_allocation(
 ) -> None:
     given = claim if isinstance(claim, dict) else {}
     data = b"" if given.get("data_offsets") == [0, 0] else bytes(4)  # so that only the claim itself is wrong
-    record = {"sha256": hashlib.sha256(data).hexdigest(), "dtype": given.get("dtype"), "shape": given.get("shape")}
+    record = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "dtype": given.get("dtype"),
+        "shape": given.get("shape"),
+    }
     forge(path, {"a": claim}, {"tensors": {"a": record}}, data, version)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
     assert_refused(path, "tensor 'a'|tensor data")
 
 
-@pytest.mark.parametrize("spans", [[(0, 4), (8, 12)], [(0, 4), (2, 6)], [(0, 4), (0, 4)], [(4, 8), (8, 12)], [(0, 4)]])
+@pytest.mark.parametrize(
+    "spans", [[(0, 4), (8, 12)], [(0, 4), (2, 6)], [(0, 4), (0, 4)], [(4, 8), (8, 12)], [(0, 4)]]
+)
 def test_gaps_and_overlaps(spans: list[tuple[int, int]], path: Path) -> None:
     head = {str(i): entry("F32", [1], *span) for i, span in enumerate(spans)}
-    table = {name: {"dtype": "F32", "shape": [1], "sha256": hashlib.sha256(bytes(4)).hexdigest()} for name in head}
+    table = {
+        name: {"dtype": "F32", "shape": [1], "sha256": hashlib.sha256(bytes(4)).hexdigest()} for name in head
+    }
     forge(path, head, {"tensors": table}, bytes(12))
     assert_refused(path, "tensor")
     forge(path, {"0": entry("F32", [1], 0, 4)}, {"tensors": {"0": table["0"]}}, bytes(4))

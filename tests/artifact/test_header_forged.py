@@ -1,4 +1,6 @@
-"""Forged metadata and manifests under the right digest: refused with one line, and before they take memory."""
+"""Forged metadata and manifests under the right digest: refused with one line, and before they take
+memory.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,11 @@ def test_headers_of_other_versions(version: Any, path: Path) -> None:
 
 
 def test_forged_metadata(path: Path) -> None:
-    good = '{"__metadata__":{"format":"fairseq_qn","manifest":"{\\"tensors\\":{}}","header_sha256":"' + "0" * 64 + '"}}'
+    good = (
+        '{"__metadata__":{"format":"fairseq_qn","manifest":"{\\"tensors\\":{}}","header_sha256":"'
+        + "0" * 64
+        + '"}}'
+    )
     forge_text(path, good, b"")
     assert read(path)[0] == {}
     other = [
@@ -70,7 +76,10 @@ def test_forged_metadata(path: Path) -> None:
             good.replace("__metadata__", "metadata"),
         ),
         *(good.replace('"format"', '"more":"","format"'), good.replace('"{\\"tensors\\":{}}"', "{}")),
-        *(good.replace('"format"', '"version":"2","format"'), good.replace('"format"', '"version":"1","format"')),
+        *(
+            good.replace('"format"', '"version":"2","format"'),
+            good.replace('"format"', '"version":"1","format"'),
+        ),
         *(good + "x", good[:-1], "[" + good + "]", good[:-1] + ',"__metadata__":{}}', "[" * 100_000 + good),
         good.replace('{"__m', '{"a":{"header_sha256":"' + "0" * 64 + '"},"__m'),
     ]

@@ -1,4 +1,6 @@
-"""Tiny data for real fairseq runs, made here from a fixed seed: text, a sentencepiece model, binarised sets."""
+"""Tiny data for real fairseq runs, made here from a fixed seed: text, a sentencepiece model, binarised
+sets.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Text of 80 words: a language-model set, two classes (is the first word an early one?), values, and a toy translation."""
+    """Text of 80 words: a language-model set, two classes (is the first word an early one?), values, and a
+    toy translation.
+    """
     root = tmp_path_factory.mktemp("data")
     text = {"train": sentences(240, 1), "valid": sentences(24, 2)}
     pieces = root / "pieces.model"
@@ -58,7 +62,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     (root / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in symbols))
     for split, lines in text.items():
         encoded = [" ".join(model.encode(line, out_type=str)) for line in lines]
-        backwards = [" ".join(model.encode(" ".join(reversed(line.split())), out_type=str)) for line in lines]
+        backwards = [
+            " ".join(model.encode(" ".join(reversed(line.split())), out_type=str)) for line in lines
+        ]
         labels = ["early" if line.split()[0] < "lo" else "late" for line in lines]
         for ending, content in (("src", encoded), ("tgt", backwards), ("label", labels)):
             (root / f"{split}.{ending}").write_text("".join(f"{line}\n" for line in content))
@@ -67,7 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     for folder in ("classes", "values"):
         _binarise(root, "src", root / folder / "input0", *dictionary)
     _binarise(root, "label", root / "classes" / "label")
-    _binarise(root, "", root / "pairs", "-s", "src", "-t", "tgt", "--joined-dictionary", *dictionary, pair=True)
+    _binarise(
+        root, "", root / "pairs", "-s", "src", "-t", "tgt", "--joined-dictionary", *dictionary, pair=True
+    )
     (root / "values" / "label").mkdir()
     for split, lines in text.items():  # to regress: pieces of a sentence, in tens
         values = [f"{len(model.encode(line)) / 10}\n" for line in lines]
@@ -85,7 +93,14 @@ def _learn_pieces(lines: list[str], target: Path) -> None:
 
 def _binarise(root: Path, ending: str, target: Path, *more: str, pair: bool = False) -> None:
     suffix = "" if pair else f".{ending}"
-    words = ["--trainpref", f"{root}/train{suffix}", "--validpref", f"{root}/valid{suffix}", "--destdir", str(target)]
+    words = [
+        "--trainpref",
+        f"{root}/train{suffix}",
+        "--validpref",
+        f"{root}/valid{suffix}",
+        "--destdir",
+        str(target),
+    ]
     words += ["--workers", "1", *([] if pair else ["--only-source"]), *more]
     before = list(logging.getLogger("fairseq_cli.preprocess").handlers)
     preprocess.main(options.get_preprocessing_parser().parse_args(words))
@@ -96,7 +111,10 @@ def _binarise(root: Path, ending: str, target: Path, *more: str, pair: bool = Fa
 def masked(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A masked LM, frozen in three stages."""
     folder = tmp_path_factory.mktemp("masked")
-    options = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "10,12,14"}
+    options = {
+        "--quant-recipe": write_recipe(folder / "r.yaml", recipe()),
+        "--quant-stage-updates": "10,12,14",
+    }
     return train(folder, data.lm, MLM, options, {"--max-update": 20, "--lr": 1e-2})
 
 
@@ -109,5 +127,8 @@ def classifier(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
     content["rules"].append(
         {"layers": layers, "scheme": "product", "n_centroids": 16, "block_size": 4, "stage": "attn"}
     )
-    options = {"--quant-recipe": write_recipe(folder / "r.yaml", content), "--quant-stage-updates": "20,24,28"}
+    options = {
+        "--quant-recipe": write_recipe(folder / "r.yaml", content),
+        "--quant-stage-updates": "20,24,28",
+    }
     return train(folder, data.classes, CLASSES, options, {"--max-update": 40, "--lr": 5e-3})

@@ -1,4 +1,6 @@
-"""Run fairseq's own commands inside the test process (importing them anew costs seconds) or in a fresh one."""
+"""Run fairseq's own commands inside the test process (importing them anew costs seconds) or in a fresh
+one.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,13 @@ PLUGIN = ROOT / "fairseq_qn"
 BIN = Path(sys.executable).parent
 
 STAGES = ("ffn", "emb", "attn")
-SIZE = {"--encoder-layers": 2, "--encoder-embed-dim": 32, "--encoder-ffn-embed-dim": 64, "--encoder-attention-heads": 2,
-        "--max-positions": 64}  # fmt: skip
+SIZE = {
+    "--encoder-layers": 2,
+    "--encoder-embed-dim": 32,
+    "--encoder-ffn-embed-dim": 64,
+    "--encoder-attention-heads": 2,
+    "--max-positions": 64,
+}
 LM_SIZE = {
     "--decoder-layers": 2,
     "--decoder-embed-dim": 32,
@@ -41,21 +48,51 @@ LM_SIZE = {
     "--decoder-attention-heads": 2,
 }
 MT_SIZE = {**LM_SIZE, **{key: size for key, size in SIZE.items() if key != "--max-positions"}}
-LOOP = {"--batch-size": 8, "--optimizer": "adam", "--lr": 1e-3, "--lr-scheduler": "polynomial_decay", "--warmup-updates": 2,
-        "--total-num-update": 40, "--log-format": "json", "--log-interval": 1, "--num-workers": 0, "--seed": 3,
-        "--required-batch-size-multiple": 1}  # fmt: skip
+LOOP = {
+    "--batch-size": 8,
+    "--optimizer": "adam",
+    "--lr": 1e-3,
+    "--lr-scheduler": "polynomial_decay",
+    "--warmup-updates": 2,
+    "--total-num-update": 40,
+    "--log-format": "json",
+    "--log-interval": 1,
+    "--num-workers": 0,
+    "--seed": 3,
+    "--required-batch-size-multiple": 1,
+}
 
 MLM = {"--task": "qn_masked_lm", "--arch": "qn_roberta", "--criterion": "quantization_aware",
        "--wrapped-criterion": "masked_lm", "--tokens-per-sample": 32, **SIZE, **LOOP}  # fmt: skip
-CLASSES = {**MLM, "--task": "qn_sentence_prediction", "--wrapped-criterion": "sentence_prediction", "--num-classes": 2,
-           "--init-token": 0, "--separator-token": 2}  # fmt: skip
+CLASSES = {
+    **MLM,
+    "--task": "qn_sentence_prediction",
+    "--wrapped-criterion": "sentence_prediction",
+    "--num-classes": 2,
+    "--init-token": 0,
+    "--separator-token": 2,
+}
 del CLASSES["--tokens-per-sample"]
 VALUES = {**CLASSES, "--num-classes": 1, "--regression-target": None}
-LANGUAGE = {"--task": "qn_language_modeling", "--arch": "qn_transformer_lm", "--share-decoder-input-output-embed": None,
-            "--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy", "--tokens-per-sample": 32,
-            **LM_SIZE, **LOOP}  # fmt: skip
-PAIRS = {"--task": "qn_translation", "--arch": "qn_transformer", "--share-all-embeddings": None,
-         "--criterion": "quantization_aware", "--wrapped-criterion": "cross_entropy", **MT_SIZE, **LOOP}  # fmt: skip
+LANGUAGE = {
+    "--task": "qn_language_modeling",
+    "--arch": "qn_transformer_lm",
+    "--share-decoder-input-output-embed": None,
+    "--criterion": "quantization_aware",
+    "--wrapped-criterion": "cross_entropy",
+    "--tokens-per-sample": 32,
+    **LM_SIZE,
+    **LOOP,
+}
+PAIRS = {
+    "--task": "qn_translation",
+    "--arch": "qn_transformer",
+    "--share-all-embeddings": None,
+    "--criterion": "quantization_aware",
+    "--wrapped-criterion": "cross_entropy",
+    **MT_SIZE,
+    **LOOP,
+}
 RESETS = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
 EACH = {"--save-interval-updates": 1, "--keep-interval-updates": -1}
 
@@ -68,7 +105,13 @@ def recipe(noise: dict[str, Any] | None = None, block_size: int = 8, **more: Any
         {"layers": ".*embed_tokens", "stage": "emb", **rule},
         {"layers": r".*attn\.(q|k|v|out)_proj", "stage": "attn", **rule, "block_size": 4},
     ]
-    return {"version": 1, "noise": noise or {"kind": "proxy", "p": 0.2}, "rules": rules, "stages": [*STAGES], **more}
+    return {
+        "version": 1,
+        "noise": noise or {"kind": "proxy", "p": 0.2},
+        "rules": rules,
+        "stages": [*STAGES],
+        **more,
+    }
 
 
 def write_recipe(path: Path, data: dict[str, Any]) -> Path:
@@ -78,7 +121,9 @@ def write_recipe(path: Path, data: dict[str, Any]) -> Path:
 
 
 def arguments(*parts: Any) -> list[str]:
-    """Command-line words from words, lists, and mappings of options; an option whose value is None is a flag."""
+    """Command-line words from words, lists, and mappings of options; an option whose value is None is a
+    flag.
+    """
     words: list[str] = []
     for part in parts:
         if isinstance(part, dict):
@@ -102,7 +147,9 @@ class Run:
     def logged(self, logger: str = "train_inner") -> list[dict[str, float]]:
         """The figures that one of fairseq's loggers printed, in order."""
         found = [json.loads(text) for name, text in self.lines if name == logger and text.startswith("{")]
-        return [{key: float(value) for key, value in figures.items() if value is not None} for figures in found]
+        return [
+            {key: float(value) for key, value in figures.items() if value is not None} for figures in found
+        ]
 
     def state(self, name: str = "checkpoint_last.pt") -> dict[str, Any]:
         """A checkpoint of this run, read with torch's safe loading."""
@@ -113,7 +160,9 @@ class Run:
         return self.state(self.path(update).name)
 
     def path(self, update: int) -> Path:
-        """Where the checkpoint after an update lies; fairseq does not name it after the update at the end of an epoch."""
+        """Where the checkpoint after an update lies; fairseq does not name it after the update at the end of
+        an epoch.
+        """
         found = list(self.folder.glob(f"checkpoint_*_{update}.pt"))
         for path in [] if found else self.folder.glob("checkpoint*.pt"):
             if self.state(path.name)["optimizer_history"][-1]["num_updates"] == update:
@@ -151,9 +200,14 @@ def train(folder: Path, *parts: Any, watch: Callable[[Any], None] | None = None)
 
 
 def evaluate(program: str, *parts: Any) -> tuple[Any, list[tuple[str, str]], list[str]]:
-    """fairseq-generate or fairseq-eval-lm in this process: (what it returns, what it logged, what it printed)."""
+    """fairseq-generate or fairseq-eval-lm in this process: (what it returns, what it logged, what it
+    printed).
+    """
     module = {"fairseq-generate": fairseq_generate, "fairseq-eval-lm": fairseq_eval_lm}[program]
-    make = {"fairseq-generate": options.get_generation_parser, "fairseq-eval-lm": options.get_eval_lm_parser}[program]
+    make = {
+        "fairseq-generate": options.get_generation_parser,
+        "fairseq-eval-lm": options.get_eval_lm_parser,
+    }[program]
     args = options.parse_args_and_arch(make(), input_args=arguments(*parts, "--cpu"))
     lines: list[tuple[str, str]] = []
     printed = io.StringIO()
@@ -182,7 +236,9 @@ def build(*parts: Any) -> Built:
     model = task.build_model(cfg.model)
     task.load_dataset("train")
     batches = task.get_batch_iterator(task.dataset("train"), max_sentences=cfg.dataset.batch_size, seed=1)
-    return Built(task, model, task.build_criterion(cfg.criterion), next(batches.next_epoch_itr(shuffle=False)))
+    return Built(
+        task, model, task.build_criterion(cfg.criterion), next(batches.next_epoch_itr(shuffle=False))
+    )
 
 
 @contextlib.contextmanager
@@ -204,15 +260,22 @@ def listening(lines: list[tuple[str, str]]) -> Iterator[None]:
         root.setLevel(level)
 
 
-def command(*words: Any, cwd: Path, stdin: str = "", plugin: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command of the environment in a fresh process. Without `plugin`, fairseq_qn cannot be imported there."""
+def command(
+    *words: Any, cwd: Path, stdin: str = "", plugin: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """A command of the environment in a fresh process. Without `plugin`, fairseq_qn cannot be imported
+    there.
+    """
     program, *rest = arguments(*words)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not plugin:
         (cwd / "blocked").mkdir(exist_ok=True)
-        (cwd / "blocked" / "fairseq_qn.py").write_text("raise ImportError('the plugin is not to be imported here')\n")
+        (cwd / "blocked" / "fairseq_qn.py").write_text(
+            "raise ImportError('the plugin is not to be imported here')\n"
+        )
         env["PYTHONPATH"] = str(cwd / "blocked")
-        env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # fairseq by itself cannot restore anything under torch >= 2.6
+        # fairseq by itself cannot restore anything under torch >= 2.6
+        env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     return subprocess.run(
         [str(BIN / program), *rest],
         cwd=cwd,
@@ -250,7 +313,9 @@ def together(values: Tensor, view: WeightView) -> bool:
 
 
 def sentences(n: int, seed: int) -> list[str]:
-    """n lower-case sentences of 4 to 11 words out of 80, the frequent ones often; each word likes some followers."""
+    """n lower-case sentences of 4 to 11 words out of 80, the frequent ones often; each word likes some
+    followers.
+    """
     spell = random.Random(0)
     syllables = ("ka", "lo", "mi", "ter", "su", "ben")
     words = sorted({"".join(spell.choice(syllables) for _ in range(2 + i % 3)) for i in range(110)})[:80]

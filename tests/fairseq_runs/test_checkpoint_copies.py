@@ -1,4 +1,6 @@
-"""A kill while fairseq copies a checkpoint leaves whole files only, and the same command goes on to the same end."""
+"""A kill while fairseq copies a checkpoint leaves whole files only, and the same command goes on to the same
+end.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fairseq_run import EACH, MLM, PLUGIN, ROOT, Run, arguments, differing, trai
 
 from fairseq_qn.tasks import checkpoint_copies
 
-# Stops for good in the middle of the copy to a name, however copies are made: shutil.copyfile is fairseq's own way.
+# Stops for good in the middle of the copy to a name, however copies are made: shutil.copyfile is fairseq's
+# own way.
 KILLING = """
 import os, shutil, signal, sys
 import torch; torch.set_num_threads(1)
@@ -30,7 +33,8 @@ def half(source, target):
 def due(path):
     found.append(os.path.basename(path) == name)
     return found.count(True) == int(at)
-copyfile, copyfileobj, replacing = shutil.copyfile, shutil.copyfileobj, fairseq_qn.tasks.checkpoint_copies.replacing
+copyfile, copyfileobj = shutil.copyfile, shutil.copyfileobj
+replacing = fairseq_qn.tasks.checkpoint_copies.replacing
 def by_name(source, target, **rest):
     if due(target):
         with open(source, "rb") as a, open(target, "wb") as b: half(a, b)
@@ -54,7 +58,13 @@ def straight(data, tmp_path_factory) -> tuple[Run, list[str]]:
 def test_killed_inside_the_copy(name: str, straight: tuple[Run, list[str]], tmp_path: Path) -> None:
     run, words = straight
     folder = tmp_path / "killed"
-    call = [sys.executable, "-c", KILLING, *words, *arguments({"--save-dir": folder, "--cpu": None, "--user-dir": PLUGIN})]
+    call = [
+        sys.executable,
+        "-c",
+        KILLING,
+        *words,
+        *arguments({"--save-dir": folder, "--cpu": None, "--user-dir": PLUGIN}),
+    ]
     env = {**os.environ, "KILL_AT": f"{name}:2"}
     done = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, timeout=300, check=False)
     assert done.returncode == -9, done.stderr[-2000:]
@@ -69,18 +79,28 @@ def test_killed_inside_the_copy(name: str, straight: tuple[Run, list[str]], tmp_
 
 
 def test_only_the_copies_of_checkpoints_change(tmp_path: Path) -> None:
-    assert checkpoint_utils.PathManager is checkpoint_copies._PathManager and PathManager is not checkpoint_copies._PathManager
+    assert (
+        checkpoint_utils.PathManager is checkpoint_copies._PathManager
+        and PathManager is not checkpoint_copies._PathManager
+    )
     (tmp_path / "a").write_bytes(b"new" * 1000)
     (tmp_path / "b").write_bytes(b"old")
     (tmp_path / "link").symlink_to("b")
     copies = [
-        threading.Thread(target=checkpoint_utils.PathManager.copy, args=(str(tmp_path / "a"), str(tmp_path / "link"), True))
+        threading.Thread(
+            target=checkpoint_utils.PathManager.copy,
+            args=(str(tmp_path / "a"), str(tmp_path / "link"), True),
+        )
         for _ in range(8)
     ]
     for copy in copies:
         copy.start()
     for copy in copies:
         copy.join()
-    assert (tmp_path / "b").read_bytes() == b"new" * 1000 and sorted(os.listdir(tmp_path)) == ["a", "b", "link"]
+    assert (tmp_path / "b").read_bytes() == b"new" * 1000 and sorted(os.listdir(tmp_path)) == [
+        "a",
+        "b",
+        "link",
+    ]
     with pytest.raises(OSError, match="cannot write"):
         checkpoint_utils.PathManager.copy(str(tmp_path / "a"), str(tmp_path / "none" / "b"), overwrite=True)

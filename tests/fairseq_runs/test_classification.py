@@ -1,4 +1,6 @@
-"""qn_sentence_prediction: heads in the recipe, fine-tuning from pre-trained checkpoints of other recipes, reload, resume."""
+"""qn_sentence_prediction: heads in the recipe, fine-tuning from pre-trained checkpoints of other recipes,
+reload, resume.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import CLASSES, EACH, MLM, RESETS, VALUES, Run, build, differing, recipe, train, write_recipe
+from fairseq_run import (
+    CLASSES,
+    EACH,
+    MLM,
+    RESETS,
+    VALUES,
+    Run,
+    build,
+    differing,
+    recipe,
+    train,
+    write_recipe,
+)
 
 import fairseq_qn
 from fairseq_qn.cli import main
@@ -22,7 +36,9 @@ STAGED = {"--quant-stage-updates": "2,3,5", "--max-update": 7}
 
 def with_heads(block_size: int = 8) -> dict:
     content = recipe(block_size=block_size)
-    content["rules"].append({"layers": HEADS, "scheme": "product", "n_centroids": 16, "block_size": 4, "stage": "attn"})
+    content["rules"].append(
+        {"layers": HEADS, "scheme": "product", "n_centroids": 16, "block_size": 4, "stage": "attn"}
+    )
     return content
 
 
@@ -53,12 +69,21 @@ def tokens(data) -> torch.Tensor:
 
 def predict(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(tokens, features_only=True, classification_head_name="sentence_classification_head")[0]
+        return model.eval()(
+            tokens, features_only=True, classification_head_name="sentence_classification_head"
+        )[0]
 
 
 def test_pretrained_weights_come_along(pretrained: dict[str, Run], data, tmp_path: Path) -> None:
-    """Blocks of another size, and a head that the checkpoint lacks, are no obstacle while nothing is frozen."""
-    options = {"--restore-file": pretrained["noisy"].path(4), "--lr": 0, "--end-learning-rate": 0, "--max-update": 1}
+    """Blocks of another size, and a head that the checkpoint lacks, are no obstacle while nothing is
+    frozen.
+    """
+    options = {
+        "--restore-file": pretrained["noisy"].path(4),
+        "--lr": 0,
+        "--end-learning-rate": 0,
+        "--max-update": 1,
+    }
     run = train(
         tmp_path,
         data.classes,
@@ -101,7 +126,10 @@ def test_reload_gives_the_same_logits(tuned: Run, tokens: torch.Tensor, tmp_path
 @pytest.mark.parametrize("update", [2, 5, 6])
 def test_resume_is_bit_identical(update: int, tuned: Run, data, tmp_path: Path) -> None:
     """Before, at and after the boundary at which the head is frozen."""
-    options = {"--restore-file": tuned.path(update), "--quant-recipe": write_recipe(tmp_path / "r.yaml", with_heads(4))}
+    options = {
+        "--restore-file": tuned.path(update),
+        "--quant-recipe": write_recipe(tmp_path / "r.yaml", with_heads(4)),
+    }
     resumed = train(tmp_path, data.classes, CLASSES, STAGED, options).state()
     for key in ("model", "last_optimizer_state"):
         assert differing(tuned.at(7)[key], resumed[key]) == []
@@ -113,7 +141,14 @@ def test_from_a_frozen_checkpoint(pretrained: dict[str, Run], data, tmp_path: Pa
         "--restore-file": pretrained["frozen"].path(4),
         "--quant-recipe": write_recipe(tmp_path / "r.yaml", with_heads()),
     }
-    run = train(tmp_path, data.classes, CLASSES, {"--quant-stage-updates": "1,1,2", "--max-update": 4}, options, RESETS)
+    run = train(
+        tmp_path,
+        data.classes,
+        CLASSES,
+        {"--quant-stage-updates": "1,1,2", "--max-update": 4},
+        options,
+        RESETS,
+    )
     before, after = pretrained["frozen"].at(4)["model"], run.at(4)["model"]
     codes = [key for key in before if key.endswith(("codes", "phase", "digest"))]
     assert len(codes) > 20
@@ -123,7 +158,9 @@ def test_from_a_frozen_checkpoint(pretrained: dict[str, Run], data, tmp_path: Pa
     assert len(frozen) == 1 and "frozen: 2 layers" in frozen[0]
 
 
-def test_a_frozen_layer_under_another_recipe_is_an_error(pretrained: dict[str, Run], data, tmp_path: Path) -> None:
+def test_a_frozen_layer_under_another_recipe_is_an_error(
+    pretrained: dict[str, Run], data, tmp_path: Path
+) -> None:
     options = {
         "--restore-file": pretrained["frozen"].path(4),
         "--quant-recipe": write_recipe(tmp_path / "r.yaml", with_heads(4)),
@@ -148,18 +185,34 @@ def test_a_checkpoint_without_a_recipe_takes_one(data, tmp_path: Path, tokens: t
 
 
 def test_regression(data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """--regression-target reaches the wrapped criterion, and the file answers with the number, not with a class."""
+    """--regression-target reaches the wrapped criterion, and the file answers with the number, not with a
+    class.
+    """
     options = {**VALUES, "--max-update": 30, "--lr": 5e-3}
-    options |= {"--quant-stage-updates": "10,12,14", "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
+    options |= {
+        "--quant-stage-updates": "10,12,14",
+        "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()),
+    }
     run = train(tmp_path / "run", data.values, options)
     losses = [figures["loss"] for figures in run.logged()]
     assert losses[-1] < losses[0] / 2
     small = tmp_path / "x.qn.safetensors"
-    words = ["-o", str(small), "--bpe", "sentencepiece", "--bpe-files", str(data.pieces), "--parts", "float32"]
+    words = [
+        "-o",
+        str(small),
+        "--bpe",
+        "sentencepiece",
+        "--bpe-files",
+        str(data.pieces),
+        "--parts",
+        "float32",
+    ]
     assert main(["compress", str(run.folder / "checkpoint_last.pt"), *words]) == 0
     capsys.readouterr()
     assert main(["predict", str(small), "ka lo", "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)["answers"]
     hub = QNRobertaModel.from_pretrained(small)
-    assert float(answer["text"]) == pytest.approx(float(predict(run.model, hub.encode("ka lo")[None])), abs=1e-4)
+    assert float(answer["text"]) == pytest.approx(
+        float(predict(run.model, hub.encode("ka lo")[None])), abs=1e-4
+    )
     assert answer["score"] is None

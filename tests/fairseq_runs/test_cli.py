@@ -1,4 +1,6 @@
-"""The command line on real checkpoints and files: what it prints, its exit status, and one line for bad input."""
+"""The command line on real checkpoints and files: what it prints, its exit status, and one line for bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def files(data, masked: Run, classifier: Run, tmp_path_factory) -> dict[str, Pat
     for name, run in (("masked", masked), ("classifier", classifier)):
         found[name] = folder / f"{name}.qn.safetensors"
         words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces)]
-        assert main(["compress", str(run.folder / "checkpoint_last.pt"), "-o", str(found[name]), *words]) == 0
+        assert (
+            main(["compress", str(run.folder / "checkpoint_last.pt"), "-o", str(found[name]), *words]) == 0
+        )
     return found
 
 
@@ -50,7 +54,10 @@ def test_compress_a_staged_checkpoint(masked: Run, tmp_path: Path, said) -> None
 
 def test_compress_freezes_what_is_left(data, tmp_path: Path, said, capsys: pytest.CaptureFixture) -> None:
     """A checkpoint within its stages: those that the training did not come to are frozen here, and named."""
-    options = {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()), "--quant-stage-updates": "1,9,9"}
+    options = {
+        "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()),
+        "--quant-stage-updates": "1,9,9",
+    }
     train(tmp_path / "run", data.lm, MLM, options, {"--max-update": 3})
     words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
     report = json.loads(said(*words, "--json"))
@@ -63,18 +70,36 @@ def test_compress_freezes_what_is_left(data, tmp_path: Path, said, capsys: pytes
     assert error.count("\n") == 1 and alarm in error
 
 
-@pytest.mark.parametrize("noise", [{}, {"--quant-noise-pq": 0.1}, {"--quant-noise-pq": 0.1, "--quant-stage-updates": "7,8,9"}])
-def test_compress_at_once_without_alarm(noise: dict, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """No stage was due, or the recipe is one that the training did not know, so none of its stages was missed."""
+@pytest.mark.parametrize(
+    "noise", [{}, {"--quant-noise-pq": 0.1}, {"--quant-noise-pq": 0.1, "--quant-stage-updates": "7,8,9"}]
+)
+def test_compress_at_once_without_alarm(
+    noise: dict, data, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """No stage was due, or the recipe is one that the training did not know, so none of its stages was
+    missed.
+    """
     train(tmp_path / "run", data.lm, MLM, noise, {"--max-update": 1})
     other = recipe(stages=[{"name": "emb", "update": 9}, {"name": "rest", "update": 9}])
-    other["rules"] = [{**rule, "stage": "emb" if rule["stage"] == "emb" else "rest"} for rule in other["rules"]]
-    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors", "--json"]
+    other["rules"] = [
+        {**rule, "stage": "emb" if rule["stage"] == "emb" else "rest"} for rule in other["rules"]
+    ]
+    words = [
+        "compress",
+        tmp_path / "run" / "checkpoint_last.pt",
+        "-o",
+        tmp_path / "x.qn.safetensors",
+        "--json",
+    ]
     for more in (["--recipe", write_recipe(tmp_path / "r.yaml", other)], [])[: len(noise) + 1]:
         assert main([str(word) for word in (*words, *more)]) == 0
         out, error = capsys.readouterr()
         missed = ["ffn", "emb", "attn"] if len(noise) == 2 and not more else []
-        assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], bool(error)) == (13, missed, bool(missed))
+        assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], bool(error)) == (
+            13,
+            missed,
+            bool(missed),
+        )
 
 
 def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:
@@ -82,7 +107,14 @@ def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:
     stock |= {"--task": "masked_lm", "--arch": "roberta", "--criterion": "masked_lm", "--max-update": 1}
     train(tmp_path / "run", data.lm, stock)
     path = write_recipe(tmp_path / "r.yaml", recipe())
-    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors", "--recipe", path]
+    words = [
+        "compress",
+        tmp_path / "run" / "checkpoint_last.pt",
+        "-o",
+        tmp_path / "x.qn.safetensors",
+        "--recipe",
+        path,
+    ]
     assert len(json.loads(said(*words, "--json"))["frozen_here"]) == 13
     assert len(fairseq_qn.inspect(tmp_path / "x.qn.safetensors")["layers"]) == 13
 
@@ -90,7 +122,9 @@ def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:
 @pytest.mark.parametrize("more", [[], ["--all"]])
 def test_inspect_fits_80_columns(more: list[str], files: dict[str, Path], said) -> None:
     name = files["classifier"].relative_to(files["classifier"].parent)
-    lines = said("inspect", files["classifier"], *more).replace(str(files["classifier"]), str(name)).splitlines()
+    lines = (
+        said("inspect", files["classifier"], *more).replace(str(files["classifier"]), str(name)).splitlines()
+    )
     assert max(map(len, lines)) <= 80, max(lines, key=len)
     assert any("embed_tokens" in line and "PQ d8 K32" in line for line in lines)
     assert any(line.startswith("tied: ") for line in lines)
@@ -112,7 +146,9 @@ def test_verify(mode: str, files: dict[str, Path], said) -> None:
 def test_predict_classes(files: dict[str, Path], said) -> None:
     printed = said("predict", files["classifier"], LINES[0], "--top", 2).splitlines()
     assert printed[0] == LINES[0] and {row.split()[1] for row in printed[1:]} == {"early", "late"}
-    (answer,) = [json.loads(row) for row in said("predict", files["classifier"], LINES[0], "--json").splitlines()]
+    (answer,) = [
+        json.loads(row) for row in said("predict", files["classifier"], LINES[0], "--json").splitlines()
+    ]
     assert sum(item["score"] for item in answer["answers"]) == pytest.approx(1, abs=1e-5)
     pair = json.loads(said("predict", files["classifier"], f"{LINES[0]}\t{LINES[1]}", "--json"))
     assert pair["answers"] != answer["answers"], "the second sentence counts"
@@ -123,7 +159,9 @@ def test_predict_fills_a_mask(files: dict[str, Path], said) -> None:
         (row,) = said("predict", files[name], "ka <mask> lo", "--json", "--top", 3).splitlines()
         answers = json.loads(row)["answers"]
         assert len(answers) <= 3 and all(0 < item["score"] < 1 for item in answers)
-        assert [item["score"] for item in answers] == sorted((item["score"] for item in answers), reverse=True)
+        assert [item["score"] for item in answers] == sorted(
+            (item["score"] for item in answers), reverse=True
+        )
 
 
 def test_predict_reads_lines(files: dict[str, Path], said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +177,11 @@ def bad(files: dict[str, Path], masked: Run, tmp_path_factory) -> dict[str, Path
     content = bytearray(files["masked"].read_bytes())
     content[-1000] ^= 1
     made = {"damaged": content, "pickle": (masked.folder / "checkpoint_last.pt").read_bytes(), "empty": b""}
-    paths = {"missing": folder / "missing.qn.safetensors", "nothing": folder / "nothing.yaml", "text": folder / "x.pt"}
+    paths = {
+        "missing": folder / "missing.qn.safetensors",
+        "nothing": folder / "nothing.yaml",
+        "text": folder / "x.pt",
+    }
     for name, value in made.items():
         paths[name] = folder / f"{name}.qn.safetensors"
         paths[name].write_bytes(value)
@@ -210,7 +252,9 @@ def test_bad_options(
     expect_one_line(words, capsys, expected)
 
 
-def test_bad_questions(files: dict[str, Path], masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_questions(
+    files: dict[str, Path], masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     bare = tmp_path / "bare.qn.safetensors"
     assert main(["compress", str(masked.folder / "checkpoint_last.pt"), "-o", str(bare)]) == 0
     expect_one_line(["predict", files["classifier"], "ka", "--head", "mood"], capsys, "mood")
@@ -228,7 +272,9 @@ def expect_one_line(words: list, capsys: pytest.CaptureFixture, named: str) -> N
     assert named in error
 
 
-@pytest.mark.parametrize("words", [[], ["nope"], ["inspect"], ["compress", "x.pt"], ["verify", "x", "--mode", "nope"]])
+@pytest.mark.parametrize(
+    "words", [[], ["nope"], ["inspect"], ["compress", "x.pt"], ["verify", "x", "--mode", "nope"]]
+)
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -244,7 +290,9 @@ def test_the_console_script(files: dict[str, Path], bad: dict[str, Path], tmp_pa
 
 
 def test_restoring_stays_safe(masked: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """torch.load's own default (weights_only) restores fairseq's checkpoints; any other class is refused, and runs no code."""
+    """torch.load's own default (weights_only) restores fairseq's checkpoints; any other class is refused,
+    and runs no code.
+    """
     path = masked.folder / "checkpoint_last.pt"
     state = torch.load(path)
     assert {"model", "cfg", "optimizer_history"} <= set(state)
@@ -266,7 +314,9 @@ class _Evil:
 
 
 def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:
-    """The stock command in a fresh process, restoring with torch's default: the loss that the training logged at its end."""
+    """The stock command in a fresh process, restoring with torch's default: the loss that the training
+    logged at its end.
+    """
     words = [
         data.lm,
         "--path",
@@ -280,12 +330,16 @@ def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:
     words += ["--valid-subset", "valid", "--batch-size", 8, "--num-workers", 0, "--log-format", "json"]
     done = command("fairseq-validate", *words, "--required-batch-size-multiple", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(next(row for row in done.stdout.splitlines() if '"valid_loss"' in row).split(" | ")[-1])
+    figures = json.loads(
+        next(row for row in done.stdout.splitlines() if '"valid_loss"' in row).split(" | ")[-1]
+    )
     expected = masked.logged("valid")[-1]
     assert float(figures["valid_loss"]) == pytest.approx(expected["valid_loss"], abs=2e-3)
 
 
-def test_no_command_writes_over_its_input(masked: Run, data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_command_writes_over_its_input(
+    masked: Run, data, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """By its own path, a link or another name; what is lost is looked at before anything is read."""
     checkpoint, other = tmp_path / "x.pt", tmp_path / "y.pt"
     checkpoint.write_bytes((masked.folder / "checkpoint_last.pt").read_bytes())

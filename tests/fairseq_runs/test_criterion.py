@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq_run import CLASSES, LANGUAGE, MLM, PAIRS, VALUES, Built, Run, build, differing, recipe, train, write_recipe
+from fairseq_run import (
+    CLASSES,
+    LANGUAGE,
+    MLM,
+    PAIRS,
+    VALUES,
+    Built,
+    Run,
+    build,
+    differing,
+    recipe,
+    train,
+    write_recipe,
+)
 
 from fairseq_qn.cli import main
 from fairseq_qn.errors import MismatchError, UnsupportedError
@@ -45,7 +58,9 @@ def test_wraps(name: str, data) -> None:
     stock.model.load_state_dict(ours.model.state_dict())
     (loss, size, log), (expected, expected_size, expected_log) = loss_of(ours), loss_of(stock)
     assert (loss, size) == (expected, expected_size) and loss > 0
-    assert {key: float(log[key]) for key in expected_log} == {key: float(value) for key, value in expected_log.items()}
+    assert {key: float(log[key]) for key in expected_log} == {
+        key: float(value) for key, value in expected_log.items()
+    }
     assert type(ours.criterion.wrapped) is type(stock.criterion)
 
 
@@ -62,7 +77,9 @@ def test_options_of_the_wrapped_criterion_arrive(data) -> None:
                 other = eps / (words - 1)
                 total -= (1 - eps - other) * scores[target] + other * scores.sum()
     assert loss_of(built)[0] == pytest.approx(total, rel=1e-5)
-    assert loss_of(build(data.pairs, PAIRS, SMOOTH, {"--label-smoothing": 0}))[0] != pytest.approx(total, rel=1e-3)
+    assert loss_of(build(data.pairs, PAIRS, SMOOTH, {"--label-smoothing": 0}))[0] != pytest.approx(
+        total, rel=1e-3
+    )
     report = build(data.pairs, PAIRS, SMOOTH, "--report-accuracy")
     assert "n_correct" in loss_of(report)[2] and "n_correct" not in loss_of(built)[2]
 
@@ -82,7 +99,9 @@ def test_unknown_criterion(name: str, data) -> None:
 class Asking(FairseqCriterion):
     """A criterion whose loss is 0 and which calls its model in a way of its own."""
 
-    def forward(self, model: torch.nn.Module, sample: dict, reduce: bool = True) -> tuple[torch.Tensor, int, dict]:
+    def forward(
+        self, model: torch.nn.Module, sample: dict, reduce: bool = True
+    ) -> tuple[torch.Tensor, int, dict]:
         self.ask(model, sample["net_input"])
         return torch.zeros((), requires_grad=True), 1, {"loss": 0, "sample_size": 1}
 
@@ -91,7 +110,8 @@ class Asking(FairseqCriterion):
 class Twice(Asking):
     def ask(self, model: torch.nn.Module, asked: dict) -> None:
         model(**asked, **HEAD)
-        asked["src_tokens"].copy_(asked["src_tokens"].flip(1))  # the same tensor: who asks later is asked another thing
+        # the same tensor: who asks later is asked another thing
+        asked["src_tokens"].copy_(asked["src_tokens"].flip(1))
         model(**asked, **HEAD)
         with torch.no_grad():
             model(**asked, **HEAD)  # trains nothing
@@ -118,20 +138,31 @@ class Never(Asking):
 
 @pytest.fixture(scope="module")
 def teachers(data, tmp_path_factory) -> dict[str, Path]:
-    """A wider model: as a stock checkpoint, a qn_ checkpoint and a small file; a classifier, one of values; a translator."""
+    """A wider model: as a stock checkpoint, a qn_ checkpoint and a small file; a classifier, one of values;
+    a translator.
+    """
     folder = tmp_path_factory.mktemp("teachers")
     wide = {"--encoder-embed-dim": 48, "--max-update": 3, "--lr": 1e-2}
     stock = {k: v for k, v in MLM.items() if k != "--wrapped-criterion"}
     train(
-        folder / "stock", data.lm, stock, wide, {"--task": "masked_lm", "--arch": "roberta", "--criterion": "masked_lm"}
+        folder / "stock",
+        data.lm,
+        stock,
+        wide,
+        {"--task": "masked_lm", "--arch": "roberta", "--criterion": "masked_lm"},
     )
     path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "1,1,1"}
     train(folder / "qn", data.lm, MLM, wide, path)
     train(folder / "classes", data.classes, CLASSES, wide)
     train(folder / "values", data.values, VALUES, wide)
     train(folder / "pairs", data.pairs, PAIRS, {"--max-update": 2, "--lr": 1e-2})
-    assert main(["compress", str(folder / "qn" / "checkpoint_last.pt"), "-o", str(folder / "t.qn.safetensors")]) == 0
-    found = {name: folder / name / "checkpoint_last.pt" for name in ("stock", "qn", "classes", "values", "pairs")}
+    assert (
+        main(["compress", str(folder / "qn" / "checkpoint_last.pt"), "-o", str(folder / "t.qn.safetensors")])
+        == 0
+    )
+    found = {
+        name: folder / name / "checkpoint_last.pt" for name in ("stock", "qn", "classes", "values", "pairs")
+    }
     return {**found, "small": folder / "t.qn.safetensors"}
 
 
@@ -139,7 +170,8 @@ def distilled_by_hand(student: torch.Tensor, teacher: torch.Tensor, temperature:
     """T^2 sum of q log(q / p), in numpy."""
     total = 0.0
     for a, b in zip(
-        student.double().numpy().reshape(-1, student.shape[-1]), teacher.double().numpy().reshape(-1, teacher.shape[-1])
+        student.double().numpy().reshape(-1, student.shape[-1]),
+        teacher.double().numpy().reshape(-1, teacher.shape[-1]),
     ):
         p, q = (np.exp(x / temperature) / np.exp(x / temperature).sum() for x in (a, b))
         total += float((q * np.log(q / p)).sum())
@@ -149,26 +181,42 @@ def distilled_by_hand(student: torch.Tensor, teacher: torch.Tensor, temperature:
 @pytest.mark.parametrize("temperature", [1, 3])
 @pytest.mark.parametrize("kind", ["stock", "qn", "small"])
 def test_distillation_by_hand(kind: str, temperature: float, data, teachers: dict[str, Path]) -> None:
-    options = {"--teacher-checkpoint": teachers[kind], "--distill-weight": 0.3, "--distill-temperature": temperature}
+    options = {
+        "--teacher-checkpoint": teachers[kind],
+        "--distill-weight": 0.3,
+        "--distill-temperature": temperature,
+    }
     built = build(data.lm, MLM, QUIET, options)
     (teacher,), sample = built.criterion._teacher, built.sample
     masked = sample["target"].ne(1)
     with torch.no_grad():
-        ours, theirs = (m(**sample["net_input"], masked_tokens=masked)[0] for m in (built.model.eval(), teacher))
+        ours, theirs = (
+            m(**sample["net_input"], masked_tokens=masked)[0] for m in (built.model.eval(), teacher)
+        )
     hard = torch.nn.functional.cross_entropy(ours, sample["target"][masked], reduction="sum")
     soft = distilled_by_hand(ours, theirs, temperature)
     loss, size, log = loss_of(built, training=True)
     assert size == int(masked.sum()) and soft > 0.5
     assert loss == pytest.approx(0.7 * float(hard) + 0.3 * soft, rel=1e-4)
-    assert float(log["qn_distill_loss"]) == pytest.approx(soft, rel=1e-3) and float(log["loss"]) == pytest.approx(loss)
+    assert float(log["qn_distill_loss"]) == pytest.approx(soft, rel=1e-3) and float(
+        log["loss"]
+    ) == pytest.approx(loss)
     evaluated, _, log = loss_of(built)
-    assert evaluated == pytest.approx(float(hard), rel=1e-5) and "qn_distill_loss" not in log, "not in validation"
+    assert evaluated == pytest.approx(float(hard), rel=1e-5) and "qn_distill_loss" not in log, (
+        "not in validation"
+    )
 
 
 def test_distillation_of_a_classifier(data, teachers: dict[str, Path]) -> None:
-    built = build(data.classes, CLASSES, QUIET, {"--teacher-checkpoint": teachers["classes"], "--distill-weight": 1})
+    built = build(
+        data.classes, CLASSES, QUIET, {"--teacher-checkpoint": teachers["classes"], "--distill-weight": 1}
+    )
     (teacher,), sample = built.criterion._teacher, built.sample
-    call = {**sample["net_input"], "features_only": True, "classification_head_name": "sentence_classification_head"}
+    call = {
+        **sample["net_input"],
+        "features_only": True,
+        "classification_head_name": "sentence_classification_head",
+    }
     with torch.no_grad():
         ours, theirs = (m(**call)[0] for m in (built.model.eval(), teacher))
     assert loss_of(built, training=True)[0] == pytest.approx(distilled_by_hand(ours, theirs, 1), rel=1e-3)
@@ -176,12 +224,20 @@ def test_distillation_of_a_classifier(data, teachers: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("temperature", [1, 3])
 def test_distillation_of_a_value(temperature: float, data, teachers: dict[str, Path]) -> None:
-    """The softmax of one output is 1 whatever it is: squared errors, summed as fairseq sums those to the targets."""
-    options = {"--teacher-checkpoint": teachers["values"], "--distill-weight": 0.3, "--distill-temperature": temperature}
+    """The softmax of one output is 1 whatever it is: squared errors, summed as fairseq sums those to the
+    targets.
+    """
+    options = {
+        "--teacher-checkpoint": teachers["values"],
+        "--distill-weight": 0.3,
+        "--distill-temperature": temperature,
+    }
     built = build(data.values, VALUES, QUIET, options)
     (teacher,), sample = built.criterion._teacher, built.sample
     with torch.no_grad():
-        ours, theirs = (m(**sample["net_input"], **HEAD)[0][:, 0].double() for m in (built.model.eval(), teacher))
+        ours, theirs = (
+            m(**sample["net_input"], **HEAD)[0][:, 0].double() for m in (built.model.eval(), teacher)
+        )
     hard, soft = (float((ours - other).square().sum()) for other in (sample["target"].flatten(), theirs))
     loss, _, log = loss_of(built, training=True)
     assert loss == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-4) and soft > 1e-3
@@ -193,8 +249,14 @@ def test_distillation_of_a_value(temperature: float, data, teachers: dict[str, P
 
 
 def test_every_call_is_distilled(data, teachers: dict[str, Path]) -> None:
-    """Each against the teacher's answer to what was asked, though the criterion changes its batch in between."""
-    options = {"--teacher-checkpoint": teachers["classes"], "--distill-weight": 1, "--wrapped-criterion": "qn_test_twice"}
+    """Each against the teacher's answer to what was asked, though the criterion changes its batch in
+    between.
+    """
+    options = {
+        "--teacher-checkpoint": teachers["classes"],
+        "--distill-weight": 1,
+        "--wrapped-criterion": "qn_test_twice",
+    }
     built = build(data.classes, CLASSES, QUIET, options)
     (teacher,), tokens = built.criterion._teacher, built.sample["net_input"]["src_tokens"].clone()
     expected = []
@@ -206,10 +268,14 @@ def test_every_call_is_distilled(data, teachers: dict[str, Path]) -> None:
     assert min(expected) > 1e-3 and expected[0] != pytest.approx(expected[1], rel=1e-2)
 
 
-@pytest.mark.parametrize(("how", "found"), [("dict", "dict"), ("features", "features"), ("never", "never called")])
+@pytest.mark.parametrize(
+    ("how", "found"), [("dict", "dict"), ("features", "features"), ("never", "never called")]
+)
 def test_what_cannot_be_distilled_is_an_error(how: str, found: str, data, teachers: dict[str, Path]) -> None:
     criterion = {"--wrapped-criterion": f"qn_test_{how}"}
-    assert loss_of(build(data.classes, CLASSES, criterion), training=True)[0] == 0, "without a teacher it trains"
+    assert loss_of(build(data.classes, CLASSES, criterion), training=True)[0] == 0, (
+        "without a teacher it trains"
+    )
     built = build(data.classes, CLASSES, criterion, {"--teacher-checkpoint": teachers["classes"]})
     with pytest.raises(UnsupportedError, match=rf"{found}.*drop --teacher-checkpoint") as error:
         loss_of(built, training=True)
@@ -222,18 +288,30 @@ RDROP = {"--wrapped-criterion": "label_smoothed_cross_entropy_with_rdrop", "--rd
 
 @pytest.mark.parametrize(("times", "criterion"), [(1, {}), (2, RDROP)])
 def test_padding_does_not_distil(times: int, criterion: dict, data, teachers: dict[str, Path]) -> None:
-    """Positions beyond the end of a target do not count, nor do those of a copy of the batch, which R-drop appends."""
-    built = build(data.pairs, PAIRS, QUIET, criterion, {"--teacher-checkpoint": teachers["pairs"], "--distill-weight": 1})
+    """Positions beyond the end of a target do not count, nor do those of a copy of the batch, which R-drop
+    appends.
+    """
+    built = build(
+        data.pairs,
+        PAIRS,
+        QUIET,
+        criterion,
+        {"--teacher-checkpoint": teachers["pairs"], "--distill-weight": 1},
+    )
     (teacher,), sample = built.criterion._teacher, built.sample
     real = sample["target"].ne(1)
     assert not bool(real.all())
     with torch.no_grad():
         ours, theirs = (m(**sample["net_input"])[0][real] for m in (built.model.eval(), teacher))
-    assert loss_of(built, training=True)[0] == pytest.approx(times * distilled_by_hand(ours, theirs, 1), rel=1e-3)
+    assert loss_of(built, training=True)[0] == pytest.approx(
+        times * distilled_by_hand(ours, theirs, 1), rel=1e-3
+    )
 
 
 def test_a_teacher_of_other_classes_is_an_error(data, teachers: dict[str, Path]) -> None:
-    built = build(data.classes, {**CLASSES, "--num-classes": 3}, {"--teacher-checkpoint": teachers["classes"]})
+    built = build(
+        data.classes, {**CLASSES, "--num-classes": 3}, {"--teacher-checkpoint": teachers["classes"]}
+    )
     with pytest.raises(MismatchError, match="teacher: logits"):
         loss_of(built, training=True)
 
@@ -248,8 +326,15 @@ def test_weight_and_temperature_out_of_range(options: dict, data) -> None:
 def distilled(data, teachers, tmp_path_factory) -> Run:
     pytest.importorskip("tensorboardX")
     folder = tmp_path_factory.mktemp("distilled")
-    options = {"--teacher-checkpoint": teachers["qn"], "--tensorboard-logdir": folder / "board", "--max-update": 4}
-    options |= {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "1,2,3"}
+    options = {
+        "--teacher-checkpoint": teachers["qn"],
+        "--tensorboard-logdir": folder / "board",
+        "--max-update": 4,
+    }
+    options |= {
+        "--quant-recipe": write_recipe(folder / "r.yaml", recipe()),
+        "--quant-stage-updates": "1,2,3",
+    }
     return train(folder, data.lm, MLM, options)
 
 
@@ -259,7 +344,9 @@ def test_the_teacher_is_neither_trained_nor_saved(distilled: Run) -> None:
     groups = distilled.trainer.optimizer.param_groups
     trained = [parameter for group in groups for parameter in group["params"]]
     assert theirs and not theirs & {id(parameter) for parameter in trained}
-    assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert not teacher.training and not any(
+        p.requires_grad or p.grad is not None for p in teacher.parameters()
+    )
     state = distilled.state()
     assert set(state["model"]) == set(distilled.trainer.model.state_dict())
     assert not state.get("criterion"), "the criterion has no weights of its own"
@@ -284,7 +371,13 @@ def test_figures_are_in_tensorboard(distilled: Run) -> None:
     for writer in progress_bar._tensorboard_writers.values():
         writer.flush()  # its own thread writes when it likes, and at the end of the process
     found = {tag for path in (distilled.folder / "board").rglob("events*") for tag in tags(path)}
-    wanted = {"qn_frozen_share", "qn_predicted_mb", "qn_distortion_ffn", "qn_distortion_emb", "qn_distortion_attn"}
+    wanted = {
+        "qn_frozen_share",
+        "qn_predicted_mb",
+        "qn_distortion_ffn",
+        "qn_distortion_emb",
+        "qn_distortion_attn",
+    }
     assert wanted | {"qn_distill_loss"} <= found
 
 
@@ -295,5 +388,7 @@ def tags(path: Path) -> Iterator[str]:
     content, at = path.read_bytes(), 0
     while at < len(content):
         (length,) = struct.unpack_from("<Q", content, at)
-        yield from (value.tag for value in Event.FromString(content[at + 12 : at + 12 + length]).summary.value)
+        yield from (
+            value.tag for value in Event.FromString(content[at + 12 : at + 12 + length]).summary.value
+        )
         at += length + 16  # the length and its checksum before, a checksum after

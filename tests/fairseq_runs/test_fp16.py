@@ -1,7 +1,7 @@
 """The fp16 path, as far as a CPU can show it: fairseq's two fp16 optimizers over a model in half precision.
 
-Plain `--fp16` asks for a CUDA device in order to flatten its fp32 master weights, so it mostly runs here with
-`--fp16-no-flatten-grads`, and once with that device feigned; `--memory-efficient-fp16` has no masters.
+Plain `--fp16` asks for a CUDA device in order to flatten its fp32 master weights, so it mostly runs here
+with `--fp16-no-flatten-grads`, and once with that device feigned; `--memory-efficient-fp16` has no masters.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 STAGED = {"--quant-stage-updates": "2,3,6", "--max-update": 9, "--update-freq": 2}
 MASTERS = {"--fp16": None, "--fp16-no-flatten-grads": None, "--fp16-init-scale": 4}
-# the loss scale doubles after each update until one overflows, which is skipped and tried again at half the scale
-OVERFLOWING = {"--fp16": None, "--memory-efficient-fp16": None, "--fp16-scale-window": 1, "--fp16-init-scale": 2**12}
+# the loss scale doubles after each update until one overflows, which is skipped and tried again at half the
+# scale
+OVERFLOWING = {
+    "--fp16": None,
+    "--memory-efficient-fp16": None,
+    "--fp16-scale-window": 1,
+    "--fp16-init-scale": 2**12,
+}
 
 
 @pytest.fixture(scope="module", params=["proxy", "exact"])
@@ -41,19 +47,27 @@ def test_stages_and_losses_as_in_fp32(runs: tuple[Run, Run]) -> None:
         ours, theirs = ([figures.get(key, 0) for figures in run.logged()] for run in runs)
         assert ours == pytest.approx(theirs, abs=0.05), key
     keys = {
-        name: [(k, t.shape) for k, t in run.state()["model"].items()] for name, run in (("half", half), ("full", full))
+        name: [(k, t.shape) for k, t in run.state()["model"].items()]
+        for name, run in (("half", half), ("full", full))
     }
     assert keys["half"] == keys["full"]
 
 
 def test_masters_move_the_codebooks(runs: tuple[Run, Run]) -> None:
-    """What the model reads is the mean, taken in fp32, of the blocks of its fp16 weights; the masters hold them finer."""
+    """What the model reads is the mean, taken in fp32, of the blocks of its fp16 weights; the masters hold
+    them finer.
+    """
     half, _ = runs
-    masters = {id(p16): p32 for p16, p32 in zip(half.trainer.optimizer.fp16_params, half.trainer.optimizer.fp32_params)}
+    masters = {
+        id(p16): p32
+        for p16, p32 in zip(half.trainer.optimizer.fp16_params, half.trainer.optimizer.fp32_params)
+    }
     for view in views_of(half.model):
         master = masters[id(view.weight)]
         assert (
-            master.dtype == torch.float32 and master.half().equal(view.weight) and not master.equal(view.weight.float())
+            master.dtype == torch.float32
+            and master.half().equal(view.weight)
+            and not master.equal(view.weight.float())
         )
         codebook = product.codebook_of(view.weight.float(), view.groups, view.rule.block_size)
         expected = product.decode(view.codes, codebook, view.weight.shape).half()
@@ -71,12 +85,23 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_moments_of_frozen_layers_are_those_of_codewords(mode: str, data, tmp_path: Path, monkeypatch) -> None:
-    """All blocks of a codeword share their moments, wherever those are; and masters move together in every block."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where the masters are flattened to: the CPU
+def test_moments_of_frozen_layers_are_those_of_codewords(
+    mode: str, data, tmp_path: Path, monkeypatch
+) -> None:
+    """All blocks of a codeword share their moments, wherever those are; and masters move together in every
+    block.
+    """
+    # where the masters are flattened to: the CPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     path = write_recipe(tmp_path / "r.yaml", recipe())
-    run = train(tmp_path, data.lm, MLM, MODES[mode], {"--quant-recipe": path, "--quant-stage-updates": "2,3,9"},
-                {"--max-update": 6})  # fmt: skip
+    run = train(
+        tmp_path,
+        data.lm,
+        MLM,
+        MODES[mode],
+        {"--quant-recipe": path, "--quant-stage-updates": "2,3,9"},
+        {"--max-update": 6},
+    )
     wrapper, (adam,) = run.trainer.optimizer, torch_optimizers(run.trainer.optimizer)
     placed = masters_of(wrapper)
     masters = {"masters": len(placed), "one flat master": 1}
@@ -91,7 +116,8 @@ def test_moments_of_frozen_layers_are_those_of_codewords(mode: str, data, tmp_pa
 
 def test_resume_with_overflows_is_bit_identical(data, tmp_path: Path, monkeypatch) -> None:
     """A checkpoint may fall between an update that overflowed and its repetition, whose noise is another."""
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)  # fairseq puts the norm of an overflow on the GPU
+    # fairseq puts the norm of an overflow on the GPU
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     path = write_recipe(tmp_path / "r.yaml", recipe({"kind": "exact", "p": 0.2, "refresh": 2}))
     words = [data.lm, MLM, STAGED, OVERFLOWING, {"--quant-recipe": path}]
     straight = train(tmp_path / "straight", words, EACH)

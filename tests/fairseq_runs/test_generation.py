@@ -1,4 +1,6 @@
-"""qn_transformer_lm and qn_transformer, tables tied: noise, stages, fairseq's own tools, the small file and its hub."""
+"""qn_transformer_lm and qn_transformer, tables tied: noise, stages, fairseq's own tools, the small file and
+its hub.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_the_file_holds_a_tied_table_once(made: Made) -> None:
 def test_the_interface_answers_as_the_training_model(made: Made, mode: str) -> None:
     ours, theirs = made.model_class.from_pretrained(made.small, mode=mode), made.trained()
     if made.kind == "lm":
-        ours_say, theirs_say = ([hub.sample(line, beam=3, max_len_b=12) for line in LINES] for hub in (ours, theirs))
+        ours_say, theirs_say = (
+            [hub.sample(line, beam=3, max_len_b=12) for line in LINES] for hub in (ours, theirs)
+        )
     else:
         ours_say, theirs_say = ([hub.translate(line, beam=3) for line in LINES] for hub in (ours, theirs))
     assert ours_say == theirs_say
@@ -143,22 +147,33 @@ def test_half_precision_parts(made: Made, tmp_path: Path) -> None:
 
 
 def test_fairseqs_own_evaluation(made: Made) -> None:
-    """fairseq-eval-lm and fairseq-generate, which take the task of their command line, score every token and sentence."""
+    """fairseq-eval-lm and fairseq-generate, which take the task of their command line, score every token and
+    sentence.
+    """
     if made.kind != "lm":
         score = evaluate_pairs(made)
         assert len(score) == 24 and all(-20 < value < 0 for value in score.values())
         return
-    words = [made.data.lm, {"--path": made.checkpoint, "--task": "qn_language_modeling", "--gen-subset": "valid"}]
-    words += [{"--batch-size": 8, "--tokens-per-sample": 32, "--sample-break-mode": "none", "--num-workers": 0}]
+    words = [
+        made.data.lm,
+        {"--path": made.checkpoint, "--task": "qn_language_modeling", "--gen-subset": "valid"},
+    ]
+    words += [
+        {"--batch-size": 8, "--tokens-per-sample": 32, "--sample-break-mode": "none", "--num-workers": 0}
+    ]
     result, lines, _ = evaluate("fairseq-eval-lm", words)
     (counted,) = (re.search(r"Evaluated ([\d,]+) tokens", text) for _, text in lines if "Evaluated" in text)
     text = (made.data.root / "valid.src").read_text()
-    assert int(counted.group(1).replace(",", "")) == len(text.split()) + text.count("\n"), "every token and end of line"
+    assert int(counted.group(1).replace(",", "")) == len(text.split()) + text.count("\n"), (
+        "every token and end of line"
+    )
     assert result["loss"] == pytest.approx(made.run.logged("valid")[-1]["valid_loss"], abs=2e-3)
 
 
 def evaluate_pairs(made: Made) -> dict[str, float]:
-    """Sentence number -> score of its best hypothesis, from fairseq-generate; also that the hub says the same."""
+    """Sentence number -> score of its best hypothesis, from fairseq-generate; also that the hub says the
+    same.
+    """
     words = [
         made.data.pairs,
         {"--path": made.checkpoint, "--task": "qn_translation", "--gen-subset": "valid", "--beam": 3},
@@ -180,7 +195,9 @@ def evaluate_pairs(made: Made) -> dict[str, float]:
 def test_a_stock_checkpoint_is_compressed(made: Made, data, tmp_path: Path) -> None:
     """Trained by fairseq's own names; the recipe comes with the compression."""
     source, options = KINDS[made.kind]
-    stock = {k: v for k, v in options.items() if k != "--wrapped-criterion"} | {"--criterion": "cross_entropy"}
+    stock = {k: v for k, v in options.items() if k != "--wrapped-criterion"} | {
+        "--criterion": "cross_entropy"
+    }
     stock |= {key: options[key].removeprefix("qn_") for key in ("--task", "--arch")}
     train(tmp_path, getattr(data, source), stock, {"--max-update": 2})
     small = tmp_path / "x.qn.safetensors"

@@ -36,7 +36,8 @@ for path in sys.argv[2:]:
         with torch.no_grad():
             logits = [hub.model(t.unsqueeze(0))[0] for t in tokens]
             features = [hub.extract_features(t) for t in tokens]
-        answer = {"tokens": tokens, "logits": logits, "features": features, "decoded": [hub.decode(t) for t in tokens]}
+        answer = {"tokens": tokens, "logits": logits, "features": features}
+        answer["decoded"] = [hub.decode(t) for t in tokens]
         if hub.model.classification_heads:
             answer["classes"] = [hub.predict(list(hub.model.classification_heads)[0], t) for t in tokens]
             answer["labels"] = [hub.classify(line)[0][0] for line in lines]
@@ -55,7 +56,9 @@ def compress(run: Run, target: Path, *more: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> tuple[Run, list[Path]]:
-    """A masked LM over a byte-level BPE of 256 bytes and 20 merges, made here; its data are deleted after training."""
+    """A masked LM over a byte-level BPE of 256 bytes and 20 merges, made here; its data are deleted after
+    training.
+    """
     folder = tmp_path_factory.mktemp("gpt2")
     symbols = list(bytes_to_unicode().values())
     merges = ["k a", "l o", "m i", "t e", "te r", "s u", "b e", "be n", "Ġ ka", "Ġ lo", "Ġ mi"]
@@ -69,7 +72,8 @@ def gpt2(tmp_path_factory) -> tuple[Run, list[Path]]:
         (folder / f"{split}.txt").write_text("\n".join(rows) + "\n")
     words = ["--only-source", "--trainpref", f"{folder}/train.txt", "--validpref", f"{folder}/valid.txt"]
     words += ["--destdir", f"{folder}/bin", "--workers", "1"]
-    words += ["--padding-factor", "1"]  # no made-up words, which no BPE decodes and an untrained model may predict
+    # no made-up words, which no BPE decodes and an untrained model may predict
+    words += ["--padding-factor", "1"]
     preprocess.main(fairseq_options.get_preprocessing_parser().parse_args(words))
     path = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe()), "--quant-stage-updates": "1,2,3"}
     run = train(folder / "run", folder / "bin", MLM, path, {"--max-update": 5})
@@ -88,7 +92,9 @@ def answers(data, masked: Run, classifier: Run, gpt2, tmp_path_factory) -> dict[
             ("classifier", classifier, pieces),
             ("gpt2", gpt2[0], ["--bpe", "gpt2", "--bpe-files", *gpt2[1]]),
         ):
-            made[f"{name} {parts}"] = compress(run, folder / f"{name}.{parts}.qn.safetensors", *bpe, "--parts", parts)
+            made[f"{name} {parts}"] = compress(
+                run, folder / f"{name}.{parts}.qn.safetensors", *bpe, "--parts", parts
+            )
     shutil.rmtree(gpt2[1][0].parent / "bin")
     for file in gpt2[1]:
         file.unlink()
@@ -96,7 +102,11 @@ def answers(data, masked: Run, classifier: Run, gpt2, tmp_path_factory) -> dict[
     done = command(sys.executable, "ask.py", json.dumps(LINES), *made.values(), cwd=elsewhere)
     assert done.returncode == 0, done.stderr[-2000:]
     found = torch.load(elsewhere / "answers.pt", weights_only=True)
-    return {f"{name} {mode}": found[f"{path} {mode}"] for name, path in made.items() for mode in ("dense", "packed")}
+    return {
+        f"{name} {mode}": found[f"{path} {mode}"]
+        for name, path in made.items()
+        for mode in ("dense", "packed")
+    }
 
 
 def logits_of(run: Run, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -107,8 +117,8 @@ def logits_of(run: Run, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", ["dense", "packed"])
 @pytest.mark.parametrize("name", ["masked", "classifier", "gpt2"])
 def test_equal_logits(name: str, mode: str, answers: dict, masked: Run, classifier: Run, gpt2) -> None:
-    """fp32 parts: those of the frozen training model, exactly (packed, which sums in another order, to 1e-5 of the largest);
-    fp16 parts: to 1e-3 of the largest."""
+    """fp32 parts: those of the frozen training model, exactly (packed, which sums in another order, to 1e-5
+    of the largest); fp16 parts: to 1e-3 of the largest."""
     run = {"masked": masked, "classifier": classifier, "gpt2": gpt2[0]}[name]
     exact, half = (answers[f"{name} {parts} {mode}"] for parts in ("float32", "float16"))
     expected = logits_of(run, exact["tokens"])
@@ -135,12 +145,18 @@ def test_the_interface_of_the_checkpoint_says_the_same(data, masked: Run, answer
     assert ours["decoded"] == LINES
     filled = theirs.fill_mask(f"{LINES[0].split()[0]} <mask> {LINES[0].split()[1]}")
     assert [token for _, _, token in filled] == [token for _, _, token in ours["filled"]]
-    assert [chance for _, chance, _ in filled] == pytest.approx([chance for _, chance, _ in ours["filled"]], rel=1e-4)
+    assert [chance for _, chance, _ in filled] == pytest.approx(
+        [chance for _, chance, _ in ours["filled"]], rel=1e-4
+    )
 
 
 @pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
-def test_a_packed_model_never_sees_a_dense_weight(masked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention, feed-forward layers and the tied LM head compute from codes, with padding in the batch too."""
+def test_a_packed_model_never_sees_a_dense_weight(
+    masked: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention, feed-forward layers and the tied LM head compute from codes, with padding in the batch
+    too.
+    """
     path = compress(masked, tmp_path / "m.qn.safetensors", "--parts", "float32")
     packed, dense = fairseq_qn.load(path, "packed"), fairseq_qn.load(path)
     tokens = torch.randint(4, 20, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -155,14 +171,19 @@ def test_a_packed_model_never_sees_a_dense_weight(masked: Run, tmp_path: Path, m
 @pytest.mark.parametrize("mode", ["dense", "packed"])
 def test_in_bfloat16(masked: Run, tmp_path: Path, mode: str) -> None:
     path = compress(masked, tmp_path / "m.qn.safetensors")
-    full, short = (QNRobertaModel.from_pretrained(str(path), mode=mode, dtype=d) for d in (None, torch.bfloat16))
+    full, short = (
+        QNRobertaModel.from_pretrained(str(path), mode=mode, dtype=d) for d in (None, torch.bfloat16)
+    )
     tensors = {**dict(short.model.named_parameters()), **dict(short.model.named_buffers())}
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     assert floating and all(tensor.dtype == torch.bfloat16 for tensor in floating.values())
     tokens = torch.tensor([[0, 5, 6, 7, 8, 2]])
     with torch.no_grad():
         expected, found = full.model(tokens)[0], short.model(tokens)[0]
-    assert found.dtype == torch.bfloat16 and (found.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert (
+        found.dtype == torch.bfloat16
+        and (found.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+    )
 
 
 def test_byte_level_bpe_travels(answers: dict) -> None:
@@ -210,7 +231,9 @@ def test_a_folder_with_one_file(masked: Run, tmp_path: Path) -> None:
 
 
 def test_loading_imports_no_compiler(masked: Run, tmp_path: Path) -> None:
-    """torch imports its own to draw a weight that has no memory: ten times what the rest of loading takes."""
+    """torch imports its own to draw a weight that has no memory: ten times what the rest of loading
+    takes.
+    """
     code = """
         import sys
         from fairseq_qn import hub

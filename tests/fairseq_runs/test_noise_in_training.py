@@ -1,4 +1,6 @@
-"""Quantisation noise in fairseq's own models and loop: where it reaches, that it leaves no trace, what recompute sees."""
+"""Quantisation noise in fairseq's own models and loop: where it reaches, that it leaves no trace, what
+recompute sees.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ FLAGS = {"--quant-noise-pq": 0.1, "--quant-noise-pq-block-size": 8}
 
 
 def noisy(tmp_path: Path, **noise: Any) -> dict[str, Any]:
-    return {"--quant-recipe": write_recipe(tmp_path / "recipe.yaml", recipe({"kind": "proxy", "p": 0.2, **noise}))}
+    return {
+        "--quant-recipe": write_recipe(
+            tmp_path / "recipe.yaml", recipe({"kind": "proxy", "p": 0.2, **noise})
+        )
+    }
 
 
 def stored(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -33,17 +39,27 @@ def stored(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_hundred_forwards_leave_no_trace(data, tmp_path: Path) -> None:
-    """fp32, 30 updates of up to 4 micro-batches at a learning rate of 0; upstream's hook would have zeroed the weights."""
+    """fp32, 30 updates of up to 4 micro-batches at a learning rate of 0; upstream's hook would have zeroed
+    the weights.
+    """
     before: dict[str, Tensor] = {}
     masks: list[str] = []
 
     def watch(trainer: Any) -> None:
         before.update(stored(trainer.model))
         fc1 = trainer.model.encoder.sentence_encoder.layers[0].fc1
-        fc1.register_forward_pre_hook(lambda module, _: masks.append(drawn(module.weight)) if module.training else None)
+        fc1.register_forward_pre_hook(
+            lambda module, _: masks.append(drawn(module.weight)) if module.training else None
+        )
 
     run = train(
-        tmp_path, data.lm, MLM, STANDING_STILL, {"--update-freq": 4, "--max-update": 30}, noisy(tmp_path), watch=watch
+        tmp_path,
+        data.lm,
+        MLM,
+        STANDING_STILL,
+        {"--update-freq": 4, "--max-update": 30},
+        noisy(tmp_path),
+        watch=watch,
     )
     assert differing(before, stored(run.model)) == []
     assert len(masks) >= 100
@@ -56,7 +72,9 @@ def drawn(weight: Tensor) -> str:
 
 
 def test_noise_reaches_every_reader(data, tmp_path: Path) -> None:
-    """The stock model with the noised weights in place of its own gives the same loss and the same gradients."""
+    """The stock model with the noised weights in place of its own gives the same loss and the same
+    gradients.
+    """
     ours = build(data.lm, MLM, QUIET, noisy(tmp_path))
     stock = build(data.lm, STOCK, QUIET)
     fairseq_qn.set_update(ours.model.train(), 7, 2)
@@ -90,7 +108,9 @@ def test_noise_reaches_every_reader(data, tmp_path: Path) -> None:
 
 def test_evaluation_is_free_of_noise(data, tmp_path: Path) -> None:
     ours = build(data.lm, MLM, noisy(tmp_path))
-    clean = build(data.lm, MLM, {"--quant-recipe": write_recipe(tmp_path / "none.yaml", recipe({"kind": "none"}))})
+    clean = build(
+        data.lm, MLM, {"--quant-recipe": write_recipe(tmp_path / "none.yaml", recipe({"kind": "none"}))}
+    )
     fairseq_qn.set_update(ours.model, 7)
     with torch.no_grad():
         losses = [b.criterion(b.model.eval(), ours.sample)[0] for b in (ours, ours, clean)]
@@ -100,7 +120,9 @@ def test_evaluation_is_free_of_noise(data, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("noise", ["proxy", "exact"])
 def test_recompute_sees_the_same_noise(noise: str, data, tmp_path: Path) -> None:
-    """--checkpoint-activations changes no gradient, but for the order of sums; another mask would change all of them."""
+    """--checkpoint-activations changes no gradient, but for the order of sums; another mask would change all
+    of them.
+    """
     words = [data.pairs, PAIRS, noisy(tmp_path, kind=noise)]
     plain, spare = build(words), build(words, "--checkpoint-activations")
     again, other = gradients(plain, micro=1), gradients(plain, micro=2)
@@ -108,7 +130,9 @@ def test_recompute_sees_the_same_noise(noise: str, data, tmp_path: Path) -> None
     scale = max(float(gradient.abs().max()) for gradient in again.values())
     for name, gradient in again.items():
         assert torch.allclose(gradient, recomputed[name], atol=1e-6 * scale, rtol=1e-4), name
-        assert not torch.allclose(gradient, other[name], atol=1e-6 * scale, rtol=1e-4) or "k_proj.bias" in name, name
+        assert (
+            not torch.allclose(gradient, other[name], atol=1e-6 * scale, rtol=1e-4) or "k_proj.bias" in name
+        ), name
 
 
 def gradients(built: Any, micro: int) -> dict[str, Tensor]:
@@ -119,16 +143,26 @@ def gradients(built: Any, micro: int) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in built.model.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [["--encoder-layerdrop", "0.5"], ["--checkpoint-activations"]], ids=lambda o: o[0])
+@pytest.mark.parametrize(
+    "options", [["--encoder-layerdrop", "0.5"], ["--checkpoint-activations"]], ids=lambda o: o[0]
+)
 def test_stages_beside_other_options(options: list[str], data, tmp_path: Path) -> None:
-    words = [data.pairs, PAIRS, noisy(tmp_path), options, {"--max-update": 6, "--quant-stage-updates": "3,4,5"}]
+    words = [
+        data.pairs,
+        PAIRS,
+        noisy(tmp_path),
+        options,
+        {"--max-update": 6, "--quant-stage-updates": "3,4,5"},
+    ]
     first, second = (train(tmp_path / name, words) for name in "ab")
     assert first.logged()[-1]["qn_frozen_share"] == 1
     assert differing(first.state()["model"], second.state()["model"]) == []
 
 
 def test_layers_to_keep(data, tmp_path: Path) -> None:
-    """A frozen checkpoint trained with LayerDrop loads with fewer layers, and the kept ones are as they were."""
+    """A frozen checkpoint trained with LayerDrop loads with fewer layers, and the kept ones are as they
+    were.
+    """
     stages = {"--max-update": 4, "--quant-stage-updates": "1,2,3", "--encoder-layerdrop": 0.5}
     run = train(tmp_path, data.lm, MLM, noisy(tmp_path), stages)
     path = str(tmp_path / "checkpoint_last.pt")
@@ -150,9 +184,14 @@ def test_fairseqs_own_flags_are_a_short_recipe(kind: str, options: dict, data, t
     assert [(rule.block_size, rule.stage) for rule in found.rules] == [(8, "ffn"), (8, "emb"), (8, "attn")]
     assert found.noise.kind == "proxy" and found.noise.at(0) == found.noise.at(10**6) == 0.1
     hooks = {hook for module in built.model.modules() for hook in module._forward_pre_hooks.values()}
-    assert {hook.__module__ for hook in hooks} == {"fairseq_qn.modules.clock"}, "no hook of upstream's on any layer"
+    assert {hook.__module__ for hook in hooks} == {"fairseq_qn.modules.clock"}, (
+        "no hook of upstream's on any layer"
+    )
     matched = {view.name for view in views_of(built.model)}
-    assert all(any(part in name for name in matched) for part in ("fc1", "fc2", "q_proj", "out_proj", "embed_tokens"))
+    assert all(
+        any(part in name for name in matched)
+        for part in ("fc1", "fc2", "q_proj", "out_proj", "embed_tokens")
+    )
     before = stored(built.model)
     for update in range(50):
         fairseq_qn.set_update(built.model, update)
@@ -161,7 +200,9 @@ def test_fairseqs_own_flags_are_a_short_recipe(kind: str, options: dict, data, t
 
 
 def test_the_short_recipe_through_a_run(data, tmp_path: Path) -> None:
-    """An existing command line with the qn_ names alone; the checkpoint holds the recipe, and upstream's noise is off."""
+    """An existing command line with the qn_ names alone; the checkpoint holds the recipe, and upstream's
+    noise is off.
+    """
     run = train(tmp_path, data.lm, MLM, FLAGS, {"--max-update": 4, "--quant-stage-updates": "1,2,3"})
     assert run.logged()[-1]["qn_frozen_share"] == 1
     model = run.state()["cfg"]["model"]

@@ -25,17 +25,29 @@ def small(data, classifier: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def shell(script: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """What bash makes of a script in a fresh process, with fairseq-qn on its path."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": ""}
-    return subprocess.run(["bash", "-c", script], cwd=cwd, env=env, input=stdin, capture_output=True, timeout=300)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "",
+    }
+    return subprocess.run(
+        ["bash", "-c", script], cwd=cwd, env=env, input=stdin, capture_output=True, timeout=300
+    )
 
 
 def test_lines_that_cannot_be_answered(small: Path, tmp_path: Path) -> None:
-    """Too long, and not UTF-8: each is named once, by its number, and the other lines are answered, an empty one too."""
+    """Too long, and not UTF-8: each is named once, by its number, and the other lines are answered, an empty
+    one too.
+    """
     lines = [LINES[0].encode(), b"ka " * 200, b"ka \xff\xfe lo", b"", LINES[1].encode()]
     done = shell(f"fairseq-qn predict {small} --json", tmp_path, b"\n".join(lines))
     assert [json.loads(row)["input"] for row in done.stdout.splitlines()] == [LINES[0], "", LINES[1]]
     first, second = done.stderr.decode().splitlines()
-    assert first.startswith("fairseq-qn: line 2: expected up to 64 tokens, found ") and "line 3: expected UTF-8" in second
+    assert (
+        first.startswith("fairseq-qn: line 2: expected up to 64 tokens, found ")
+        and "line 3: expected UTF-8" in second
+    )
     assert done.returncode == 1
 
 
@@ -61,7 +73,9 @@ def test_nobody_reads(words: str, small: Path, tmp_path: Path) -> None:
 
 def test_only_the_first_line_is_read(small: Path, tmp_path: Path) -> None:
     """A pipe that is closed while lines are answered: more of them than it and its buffers hold."""
-    script = f"for i in $(seq 30); do echo {'é' * 2000}; done | PYTHONUNBUFFERED=1 fairseq-qn predict {small}"
+    script = (
+        f"for i in $(seq 30); do echo {'é' * 2000}; done | PYTHONUNBUFFERED=1 fairseq-qn predict {small}"
+    )
     done = shell(f"{script} | head -1; exit ${{PIPESTATUS[1]}}", tmp_path)
     assert (done.returncode, done.stdout.count(b"\n"), done.stderr) == (0, 1, b"")
 
@@ -80,9 +94,13 @@ def test_as_many_fillings_as_there_are(small: Path, capsys: pytest.CaptureFixtur
     assert len(json.loads(capsys.readouterr().out)["answers"]) > 50
 
 
-@pytest.mark.parametrize("option", ["--top -1", "--top 0", "--top x", "--top ²", "--beam 0", "--iterations -3"])
+@pytest.mark.parametrize(
+    "option", ["--top -1", "--top 0", "--top x", "--top ²", "--beam 0", "--iterations -3"]
+)
 def test_counts_are_positive(option: str, capsys: pytest.CaptureFixture) -> None:
-    words = ["compress", "x.pt", "-o", "y"] if "iterations" in option else ["predict", "x.qn.safetensors", "ka"]
+    words = (
+        ["compress", "x.pt", "-o", "y"] if "iterations" in option else ["predict", "x.qn.safetensors", "ka"]
+    )
     with pytest.raises(SystemExit) as stop:
         main([*words, *option.split()])
     assert stop.value.code == 2 and "whole number of at least 1" in capsys.readouterr().err

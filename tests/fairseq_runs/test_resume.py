@@ -1,4 +1,6 @@
-"""A training that is killed and resumed ends bit-identical to one that was not: model, buffers, optimizer, schedule."""
+"""A training that is killed and resumed ends bit-identical to one that was not: model, buffers, optimizer,
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import EACH, MLM, PLUGIN, ROOT, Run, arguments, differing, recipe, together, train, write_recipe
+from fairseq_run import (
+    EACH,
+    MLM,
+    PLUGIN,
+    ROOT,
+    Run,
+    arguments,
+    differing,
+    recipe,
+    together,
+    train,
+    write_recipe,
+)
 
 from fairseq_qn.modules.view import views_of
 
@@ -29,9 +43,12 @@ def common(folder: Path, noise: str, stages: str) -> list[str]:
 
 
 def kept(state: dict) -> dict:
-    """What has to be equal at the end: weights and buffers, optimizer with its steps and moments, schedule, counters."""
+    """What has to be equal at the end: weights and buffers, optimizer with its steps and moments, schedule,
+    counters.
+    """
     history = dict(state["optimizer_history"][-1])  # fairseq adds an entry at each resume
-    history["lr_scheduler_state"] = None  # the best loss so far, which fairseq's checkpoint of an epoch's end lacks
+    # the best loss so far, which fairseq's checkpoint of an epoch's end lacks
+    history["lr_scheduler_state"] = None
     iterator = {key: state["extra_state"]["train_iterator"][key] for key in ("epoch", "iterations_in_epoch")}
     return {
         "model": state["model"],
@@ -63,7 +80,9 @@ def test_resumed_from_any_update(straight: tuple[Run, list[str]], tmp_path: Path
 
 
 def test_moments_became_those_of_codewords_at_each_freeze(straight: tuple[Run, list[str]]) -> None:
-    """So that the resumes above cross it: from the update of the freeze on a codeword's blocks share Adam's moments."""
+    """So that the resumes above cross it: from the update of the freeze on a codeword's blocks share Adam's
+    moments.
+    """
     run, words = straight
     by_epoch = "--quant-stage-epochs" in words
     frozen = {"ffn": 0 if by_epoch else 3, "emb": 8 if by_epoch else 4, "attn": 8 if by_epoch else 7}
@@ -101,7 +120,12 @@ QNMaskedLMTask.train_step = killing
 
 def test_killed_in_the_middle_of_an_update(data, tmp_path: Path) -> None:
     """A real SIGKILL, and the same command again, which finds checkpoint_last.pt by itself."""
-    words = [str(data.lm), *common(tmp_path, "exact, refreshed each epoch", "updates"), "--save-interval-updates", "2"]
+    words = [
+        str(data.lm),
+        *common(tmp_path, "exact, refreshed each epoch", "updates"),
+        "--save-interval-updates",
+        "2",
+    ]
     straight = train(tmp_path / "straight", words)
     folder = tmp_path / "killed"
 

@@ -20,7 +20,9 @@ UPDATES = {"--quant-stage-updates": "3,4,8", "--max-update": 11}
 def staged(data, tmp_path_factory) -> Run:
     """Stages after 3, 4 and 8 updates; a checkpoint after each update."""
     folder = tmp_path_factory.mktemp("staged")
-    return train(folder, data.lm, MLM, EACH, UPDATES, {"--quant-recipe": write_recipe(folder / "r.yaml", recipe())})
+    return train(
+        folder, data.lm, MLM, EACH, UPDATES, {"--quant-recipe": write_recipe(folder / "r.yaml", recipe())}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,10 @@ def plain(data, tmp_path_factory) -> Run:
     """The same training with the noise but without any stage."""
     folder = tmp_path_factory.mktemp("plain")
     return train(
-        folder, data.lm, MLM, {"--max-update": 11, "--quant-recipe": write_recipe(folder / "r.yaml", recipe())}
+        folder,
+        data.lm,
+        MLM,
+        {"--max-update": 11, "--quant-recipe": write_recipe(folder / "r.yaml", recipe())},
     )
 
 
@@ -36,7 +41,9 @@ def frozen_stages(state: dict) -> set[str]:
     """Stages all of whose layers a state dict holds as frozen."""
     named = {"ffn": "fc", "emb": "embed_tokens", "attn": "_proj"}
     phases = {key: int(value) for key, value in state["model"].items() if key.endswith("phase")}
-    return {stage for stage, part in named.items() if all(v == FROZEN for k, v in phases.items() if part in k)}
+    return {
+        stage for stage, part in named.items() if all(v == FROZEN for k, v in phases.items() if part in k)
+    }
 
 
 def test_stages_at_their_updates(staged: Run) -> None:
@@ -68,12 +75,16 @@ def second_moments(run: Run, update: int) -> dict[str, Tensor]:
 
 
 def held_back(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Parameters whose second moment is not Adam's next: v' = 0.999 v + 0.001 g^2 >= 0.999 v; a reset one is 0.001 g^2."""
+    """Parameters whose second moment is not Adam's next: v' = 0.999 v + 0.001 g^2 >= 0.999 v; a reset one is
+    0.001 g^2.
+    """
     return {name for name, v in before.items() if not bool((after[name] >= 0.99899 * v).all())}
 
 
 def test_optimizer_runs_through(staged: Run) -> None:
-    """Of what is frozen after update 8 the moments become those of the codewords, and go on from there; the rest goes on."""
+    """Of what is frozen after update 8 the moments become those of the codewords, and go on from there; the
+    rest goes on.
+    """
     for update in range(1, 12):
         state = staged.at(update)["last_optimizer_state"]["state"]
         assert {int(parameter["step"]) for parameter in state.values()} == {update}
@@ -86,13 +97,22 @@ def test_optimizer_runs_through(staged: Run) -> None:
     assert held_back(before, after) == set()
     assert sum(float(v.sum()) for v in before.values()) > 0
     for name, view in attention.items():
-        assert [together(second_moments(staged, update)[name], view) for update in (8, 9, 11)] == [False, True, True]
+        assert [together(second_moments(staged, update)[name], view) for update in (8, 9, 11)] == [
+            False,
+            True,
+            True,
+        ]
 
 
 def test_moments_can_be_kept(data, tmp_path: Path) -> None:
     options = {**UPDATES, "--max-update": 9, "--quant-keep-moments": None}
     run = train(
-        tmp_path, data.lm, MLM, EACH, options, {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
+        tmp_path,
+        data.lm,
+        MLM,
+        EACH,
+        options,
+        {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())},
     )
     assert held_back(second_moments(run, 8), second_moments(run, 9)) == set()
 
@@ -188,8 +208,12 @@ def test_fairseqs_own_quantiser_is_refused(refused: Callable[..., str]) -> None:
     ],
 )
 def test_a_stage_after_the_end_is_warned_of(options: dict, late: list[str], data, tmp_path: Path) -> None:
-    run = train(tmp_path, data.lm, MLM, options, {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())})
-    warned = [text.split()[1].rstrip(":") for _, text in run.lines if "not before the end of training" in text]
+    run = train(
+        tmp_path, data.lm, MLM, options, {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe())}
+    )
+    warned = [
+        text.split()[1].rstrip(":") for _, text in run.lines if "not before the end of training" in text
+    ]
     assert warned == late
     assert (run.logged()[-1]["qn_frozen_share"] < 1) == bool(late)
 

@@ -15,19 +15,26 @@ from fairseq_qn.modules.view import views_of
 
 STOCK = {key: value for key, value in MLM.items() if key != "--wrapped-criterion"}
 STOCK |= {"--task": "masked_lm", "--arch": "roberta", "--criterion": "masked_lm"}
-STAGES = {"unfrozen": {}, "half": {"--quant-stage-updates": "2,3,90"}, "frozen": {"--quant-stage-updates": "2,3,4"}}
+STAGES = {
+    "unfrozen": {},
+    "half": {"--quant-stage-updates": "2,3,90"},
+    "frozen": {"--quant-stage-updates": "2,3,4"},
+}
 
 
 @dataclass
 class Pair:
-    """A qn_ run, its exported stock checkpoint, and what stock fairseq says of that in a process of its own."""
+    """A qn_ run, its exported stock checkpoint, and what stock fairseq says of that in a process of its
+    own.
+    """
 
     run: Run
     path: Path
     answer: dict
 
 
-# loads each checkpoint strictly, and runs the data's first sentences through it; the plugin cannot be imported here
+# loads each checkpoint strictly, and runs the data's first sentences through it; the plugin cannot be
+# imported here
 ASK = """
 import sys, torch
 from fairseq import checkpoint_utils
@@ -62,18 +69,24 @@ def exported(data, tokens, tmp_path_factory) -> dict[str, Pair]:
     for name, stages in STAGES.items():
         runs[name] = train(folder / name, data.lm, MLM, stages, {"--quant-recipe": path, "--max-update": 5})
         paths[name] = folder / f"{name}.pt"
-        assert main(["export-fairseq", str(folder / name / "checkpoint_last.pt"), "-o", str(paths[name])]) == 0
+        assert (
+            main(["export-fairseq", str(folder / name / "checkpoint_last.pt"), "-o", str(paths[name])]) == 0
+        )
     torch.save(tokens, folder / "tokens.pt")
     script = folder / "ask.py"
     script.write_text(ASK)
-    done = command(sys.executable, script, folder / "tokens.pt", list(paths.values()), cwd=folder, plugin=False)
+    done = command(
+        sys.executable, script, folder / "tokens.pt", list(paths.values()), cwd=folder, plugin=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     answers = torch.load(folder / "answers.pt")
     return {name: Pair(runs[name], paths[name], answers[str(paths[name])]) for name in STAGES}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stock_fairseq_gives_equal_logits(name: str, exported: dict[str, Pair], tokens: torch.Tensor) -> None:
+def test_stock_fairseq_gives_equal_logits(
+    name: str, exported: dict[str, Pair], tokens: torch.Tensor
+) -> None:
     pair = exported[name]
     with torch.no_grad():
         logits, _ = pair.run.model(tokens)
@@ -85,14 +98,22 @@ def test_stock_fairseq_gives_equal_logits(name: str, exported: dict[str, Pair], 
 
 def test_what_is_not_frozen_keeps_its_stored_weights(exported: dict[str, Pair]) -> None:
     ours, stock = (
-        torch.load(p, weights_only=True)["model"] for p in (exported["unfrozen"].run.path(5), exported["unfrozen"].path)
+        torch.load(p, weights_only=True)["model"]
+        for p in (exported["unfrozen"].run.path(5), exported["unfrozen"].path)
     )
-    assert differing({k: v for k, v in ours.items() if not k.endswith(("codes", "phase", "digest"))}, dict(stock)) == []
+    assert (
+        differing(
+            {k: v for k, v in ours.items() if not k.endswith(("codes", "phase", "digest"))}, dict(stock)
+        )
+        == []
+    )
     half = exported["half"]
     ours, stock = (torch.load(path, weights_only=True)["model"] for path in (half.run.path(5), half.path))
     same = {key for key, value in stock.items() if value.equal(ours[key])}
     assert {key for key in stock if "_proj" in key or "norm" in key or "bias" in key} <= same
-    assert {view.name for view in views_of(half.run.model) if view.rule.stage in ("ffn", "emb")}.isdisjoint(same)
+    assert {view.name for view in views_of(half.run.model) if view.rule.stage in ("ffn", "emb")}.isdisjoint(
+        same
+    )
     embedding = stock["encoder.sentence_encoder.embed_tokens.weight"]
     assert embedding.equal(stock["encoder.lm_head.weight"]), "tied"
 
@@ -131,7 +152,12 @@ def test_a_stock_checkpoint_loads_strictly(data, tmp_path: Path, tokens: torch.T
 
 def test_a_stock_checkpoint_is_not_exported(data, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train(tmp_path / "stock", data.lm, STOCK, {"--max-update": 1})
-    assert main(["export-fairseq", str(tmp_path / "stock" / "checkpoint_last.pt"), "-o", str(tmp_path / "x.pt")]) == 1
+    assert (
+        main(
+            ["export-fairseq", str(tmp_path / "stock" / "checkpoint_last.pt"), "-o", str(tmp_path / "x.pt")]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "stock" in error
     assert not (tmp_path / "x.pt").exists()

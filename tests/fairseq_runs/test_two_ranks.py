@@ -1,4 +1,6 @@
-"""Two data-parallel processes on the CPU (gloo): the same codes and weights on both, masks of their own, right figures."""
+"""Two data-parallel processes on the CPU (gloo): the same codes and weights on both, masks of their own,
+right figures.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import EACH, MLM, PLUGIN, arguments, build, differing, listening, recipe, train, write_recipe
+from fairseq_run import (
+    EACH,
+    MLM,
+    PLUGIN,
+    arguments,
+    build,
+    differing,
+    listening,
+    recipe,
+    train,
+    write_recipe,
+)
 
 STAGED = {"--quant-stage-updates": "2,3,5", "--max-update": 7}
 ON_ALL = {"--distributed-world-size": 2, "--load-checkpoint-on-all-dp-ranks": None}
 QUIET = {"--dropout": 0, "--attention-dropout": 0}
 
-# fairseq-train, several times over in one process; afterwards each rank keeps its model and what it drew and logged
+# fairseq-train, several times over in one process; afterwards each rank keeps its model and what it drew and
+# logged
 RANK = """
 import json, logging, sys, torch
 torch.set_num_threads(1)
@@ -34,7 +48,8 @@ class Watched(train.Trainer):
         super().__init__(*args)
         trainers.append(self)
         fc1 = self.model.encoder.sentence_encoder.layers[0].fc1
-        fc1.register_forward_pre_hook(lambda m, _: drawn.append(m.weight.double().sum().item()) if m.training else None)
+        read = lambda m, _: drawn.append(m.weight.double().sum().item()) if m.training else None
+        fc1.register_forward_pre_hook(read)
 train.Trainer = Watched
 logging.getLogger().addHandler(Keep())  # fairseq renames one logger while it logs
 folder, rank, *words = sys.argv[1:]
@@ -43,7 +58,8 @@ for name, options in json.loads(words[0]).items():
     sys.argv = ["fairseq-train", *options, "--distributed-rank", rank]
     train.cli_main()
     model = trainers[-1].get_model()
-    torch.save({"model": model.state_dict(), "lines": list(lines), "drawn": list(drawn)}, f"{folder}/{name}.{rank}.pt")
+    found = {"model": model.state_dict(), "lines": list(lines), "drawn": list(drawn)}
+    torch.save(found, f"{folder}/{name}.{rank}.pt")
 """
 
 
@@ -64,19 +80,31 @@ def ranks(data, tmp_path_factory) -> Ranks:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [data.lm, MLM, STAGED, {"--cpu": None, "--ddp-backend": "legacy_ddp", "--distributed-backend": "gloo"}]
+    common = [
+        data.lm,
+        MLM,
+        STAGED,
+        {"--cpu": None, "--ddp-backend": "legacy_ddp", "--distributed-backend": "gloo"},
+    ]
     common += [{"--distributed-world-size": 2, "--distributed-no-spawn": None, "--user-dir": PLUGIN}]
     common += [{"--distributed-init-method": f"tcp://127.0.0.1:{port}"}]
     middle = {"--restore-file": folder / "straight" / "checkpoint_1_3.pt"}
     runs = {
         "straight": [common, noisy, EACH, {"--save-dir": folder / "straight"}],
         "quiet": [common, quiet, QUIET, {"--save-dir": folder / "quiet"}],
-        "resumed": [common, noisy, middle, {"--save-dir": folder / "all", "--load-checkpoint-on-all-dp-ranks": None}],
+        "resumed": [
+            common,
+            noisy,
+            middle,
+            {"--save-dir": folder / "all", "--load-checkpoint-on-all-dp-ranks": None},
+        ],
     }
     words = json.dumps({name: arguments(parts) for name, parts in runs.items()})
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), words], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(rank), words], env=env, stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     try:
@@ -84,7 +112,9 @@ def ranks(data, tmp_path_factory) -> Ranks:
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], b"\n".join(e[-2000:] for e in errors).decode()
+    assert [process.returncode for process in started] == [0, 0], b"\n".join(
+        e[-2000:] for e in errors
+    ).decode()
     return Ranks(folder)
 
 
@@ -92,7 +122,9 @@ def ranks(data, tmp_path_factory) -> Ranks:
 def test_same_codes_and_weights(name: str, ranks: Ranks) -> None:
     first, second = (ranks.end(name, rank)["model"] for rank in range(2))
     assert differing(first, second) == []
-    assert all(int(value) == 2 for key, value in first.items() if key.endswith("phase")), "all stages are frozen"
+    assert all(int(value) == 2 for key, value in first.items() if key.endswith("phase")), (
+        "all stages are frozen"
+    )
     assert all(int(value.max()) > 0 for key, value in first.items() if key.endswith("codes"))
 
 
@@ -112,17 +144,25 @@ def test_resumed_on_all_ranks(ranks: Ranks) -> None:
 
 
 def test_the_option_for_it_is_recommended(data) -> None:
-    """Without it fairseq has the first rank send the checkpoint on, as a pickle that torch >= 2.6 refuses."""
+    """Without it fairseq has the first rank send the checkpoint on, as a pickle that torch >= 2.6
+    refuses.
+    """
     for more, warned in (({}, False), ({"--distributed-world-size": 2}, True), (ON_ALL, False)):
         lines: list[tuple[str, str]] = []
         with listening(lines):
             build(data.lm, MLM, more)
-        assert any("--load-checkpoint-on-all-dp-ranks" in text for name, text in lines if "quantised" in name) == warned
+        assert (
+            any("--load-checkpoint-on-all-dp-ranks" in text for name, text in lines if "quantised" in name)
+            == warned
+        )
 
 
 def test_figures_as_of_one_process(ranks: Ranks, data, tmp_path: Path) -> None:
     """One process that gathers two batches an update sees the same sentences: losses and figures agree."""
-    options = {"--update-freq": 2, "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe({"kind": "none"}))}
+    options = {
+        "--update-freq": 2,
+        "--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe({"kind": "none"})),
+    }
     alone = train(tmp_path, data.lm, MLM, STAGED, QUIET, options)
     together = ranks.end("quiet", 0)["lines"]
     assert len(together) == len(alone.logged()) == 7

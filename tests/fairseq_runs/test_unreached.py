@@ -34,14 +34,18 @@ def all_frozen(run: Run, name: str) -> bool:
 
 @pytest.fixture(scope="module", params=NO_BETTER)
 def patient(request, data, tmp_path_factory) -> tuple[Run, dict]:
-    """No validation is better than the one before, by fairseq's own count a reason to stop after the second epoch."""
+    """No validation is better than the one before, by fairseq's own count a reason to stop after the second
+    epoch.
+    """
     folder = tmp_path_factory.mktemp("patient")
     words = {**BRIEF, **ENOUGH, **NO_BETTER[request.param], **staged(folder)}
     return train(folder, data.lm, MLM, words), words
 
 
 def test_scores_count_from_the_last_stage_on(patient: tuple[Run, dict], data, tmp_path: Path) -> None:
-    """Straight, and resumed from before the last stage: the first epoch that counts is 3, the second stops the training."""
+    """Straight, and resumed from before the last stage: the first epoch that counts is 3, the second stops
+    the training.
+    """
     run, words = patient
     again = {"--restore-file": run.folder / "checkpoint2.pt"}
     for each in (run, *([train(tmp_path, data.lm, MLM, words, again)] if "--lr" in words else [])):
@@ -66,14 +70,24 @@ def test_a_score_of_before_the_stages_does_not_count(data, tmp_path: Path) -> No
     assert (dense.folder / "checkpoint_best.pt").exists(), "without stages to come a score counts at once"
     state["extra_state"]["best"] = -1e9
     torch.save(state, tmp_path / "unbeatable.pt")
-    options = {"--restore-file": tmp_path / "unbeatable.pt", "--quant-stage-epochs": "2,2,2", "--max-epoch": 2}
+    options = {
+        "--restore-file": tmp_path / "unbeatable.pt",
+        "--quant-stage-epochs": "2,2,2",
+        "--max-epoch": 2,
+    }
     run = train(tmp_path / "stages", data.lm, MLM, BRIEF, staged(tmp_path), options)
     assert all_frozen(run, "checkpoint_best.pt")
 
 
 ENDS = {
-    "updates, an end in epochs": ({"--quant-stage-updates": "1,2,39", "--max-epoch": 1}, "attn is due after update 39"),
-    "epochs, an end in updates": ({"--quant-stage-epochs": "1,1,9", "--max-update": 2}, "attn is due at epoch 9"),
+    "updates, an end in epochs": (
+        {"--quant-stage-updates": "1,2,39", "--max-epoch": 1},
+        "attn is due after update 39",
+    ),
+    "epochs, an end in updates": (
+        {"--quant-stage-epochs": "1,1,9", "--max-update": 2},
+        "attn is due at epoch 9",
+    ),
     "time": (
         {"--quant-stage-updates": "1,3,3", "--max-epoch": 9, "--stop-time-hours": 1e-9},
         "ffn is due after update 1; emb is due after update 3; attn is due after update 3",
@@ -123,7 +137,8 @@ def test_stages_after_the_learning_rate(data, tmp_path: Path) -> None:
     with pytest.raises(QNError, match=r"stage attn: update 6: .*--total-num-update") as error:
         train(tmp_path / "refused", data.lm, MLM, decay, late, {"--max-update": 8})
     assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
-    for more in ({"--max-update": 6}, {"--max-update": 8, "--end-learning-rate": 1e-5}):  # never frozen; still trained
+    # never frozen; still trained
+    for more in ({"--max-update": 6}, {"--max-update": 8, "--end-learning-rate": 1e-5}):
         build(data.lm, MLM, decay, late, more)
     run = train(tmp_path, data.lm, MLM, decay, {"--quant-stage-epochs": "1,3,3", "--max-epoch": 3})
     assert [text for _, text in run.lines if "learning rate of 0" in text] == [
@@ -150,7 +165,9 @@ def drawn(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("words", [MLM, LANGUAGE, PAIRS, CLASSES], ids=lambda words: words["--task"])
 def test_the_seed_is_fairseqs(words: dict, data, tmp_path: Path) -> None:
-    folder = {"qn_translation": data.pairs, "qn_sentence_prediction": data.classes}.get(words["--task"], data.lm)
+    folder = {"qn_translation": data.pairs, "qn_sentence_prediction": data.classes}.get(
+        words["--task"], data.lm
+    )
     model = build(folder, words, staged(tmp_path), {"--seed": 4}).model
     assert {view.clock.seed for view in views_of(model)} == {4}
 

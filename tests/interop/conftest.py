@@ -13,7 +13,9 @@ import torch
 
 @contextmanager
 def hidden_torchaudio() -> Iterator[None]:
-    """transformers imports torchaudio, which fairseq pulls in and which may not load beside a CPU torch: hide it."""
+    """transformers imports torchaudio, which fairseq pulls in and which may not load beside a CPU torch:
+    hide it.
+    """
     missing = object()
     before = sys.modules.get("torchaudio", missing)
     sys.modules["torchaudio"] = None  # type: ignore[assignment]
@@ -32,9 +34,17 @@ def transformers() -> Namespace:
         pytest.importorskip("transformers", reason="parity with Hugging Face needs transformers")
         import transformers
 
-        names = ("BertConfig", "BertForMaskedLM", "BertModel", "BertTokenizer", "RobertaConfig", "RobertaForMaskedLM",
-                 "RobertaForSequenceClassification")  # fmt: skip
-        return Namespace(**{name: getattr(transformers, name) for name in names})  # imported now, torchaudio hidden
+        names = (
+            "BertConfig",
+            "BertForMaskedLM",
+            "BertModel",
+            "BertTokenizer",
+            "RobertaConfig",
+            "RobertaForMaskedLM",
+            "RobertaForSequenceClassification",
+        )
+        # imported now, torchaudio hidden
+        return Namespace(**{name: getattr(transformers, name) for name in names})
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +59,8 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def fairseq_loads():
-    """fairseq restores its checkpoints: torch >= 2.6 has to be told that argparse.Namespace may be in them."""
+    """fairseq restores its checkpoints: torch >= 2.6 has to be told that argparse.Namespace may be in
+    them.
+    """
     pytest.importorskip("fairseq")
     torch.serialization.add_safe_globals([Namespace])

@@ -15,14 +15,18 @@ SENTENCES = [
     'He said: "I won\'t go!" and slammed the door behind him.',
     "A compiler translates source code into machine instructions.",
     "Yes.",
-    "They planted oak, ash and hawthorn along the old canal, so that the hedge would keep the sheep in; it did not.",
+    "They planted oak, ash and hawthorn along the old canal, so that the hedge would keep the sheep in; it "
+    "did not.",
 ]
-WORDS = "the of a in and was to he is by it they said yes where not code source report read march rose go door".split()
+WORDS = """the of a in and was to he is by it they said yes where not code source report read march rose go
+    door""".split()
 PIECES = ["##s", "##ed", "##ing", "##t", "##e", ".", ",", "?", "!", "'", '"', "(", ")", ";", ":", "%"]
 
 
 def wordpiece_lines() -> list[str]:
-    """A shuffled vocabulary with letters for every word, so that nothing but odd signs is [UNK]; specials anywhere."""
+    """A shuffled vocabulary with letters for every word, so that nothing but odd signs is [UNK]; specials
+    anywhere.
+    """
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789")
     lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*WORDS, *PIECES, *letters])]
     lines += [f"##{c}" for c in letters if f"##{c}" not in PIECES]
@@ -45,7 +49,8 @@ def byte_bpe_files(folder: Path, pad: int) -> None:
 
 def bert_config(n_rows: int, **changes: object) -> dict:
     config = {
-        "model_type": "bert", "hidden_act": "gelu", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "model_type": "bert", "hidden_act": "gelu", "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2,
         "num_attention_heads": 2, "vocab_size": n_rows, "max_position_embeddings": 20, "type_vocab_size": 2,
         "layer_norm_eps": 1e-12, "pad_token_id": 0,
     }  # fmt: skip
@@ -53,7 +58,9 @@ def bert_config(n_rows: int, **changes: object) -> dict:
 
 
 def bert_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Random tensors under the names that Hugging Face's BertModel gives them, spelled out apart from the key map."""
+    """Random tensors under the names that Hugging Face's BertModel gives them, spelled out apart from the
+    key map.
+    """
     d, f = config["hidden_size"], config["intermediate_size"]
     shapes = {
         "embeddings.word_embeddings.weight": (config["vocab_size"], d),
@@ -63,10 +70,19 @@ def bert_tensors(config: dict) -> dict[str, torch.Tensor]:
         "pooler.dense.weight": (d, d), "pooler.dense.bias": (d,),
     }  # fmt: skip
     for i in range(config["num_hidden_layers"]):
-        linears = {"attention.self.query": (d, d), "attention.self.key": (d, d), "attention.self.value": (d, d),
-                   "attention.output.dense": (d, d), "intermediate.dense": (f, d), "output.dense": (d, f)}  # fmt: skip
+        linears = {
+            "attention.self.query": (d, d),
+            "attention.self.key": (d, d),
+            "attention.self.value": (d, d),
+            "attention.output.dense": (d, d),
+            "intermediate.dense": (f, d),
+            "output.dense": (d, f),
+        }
         for name, shape in linears.items():
-            shapes[f"encoder.layer.{i}.{name}.weight"], shapes[f"encoder.layer.{i}.{name}.bias"] = shape, shape[:1]
+            shapes[f"encoder.layer.{i}.{name}.weight"], shapes[f"encoder.layer.{i}.{name}.bias"] = (
+                shape,
+                shape[:1],
+            )
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             shapes[f"encoder.layer.{i}.{name}.weight"] = shapes[f"encoder.layer.{i}.{name}.bias"] = (d,)
     generator = torch.Generator().manual_seed(0)

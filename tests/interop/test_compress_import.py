@@ -14,7 +14,13 @@ RECIPE = {
     "version": 1,
     "rules": [
         {"layers": r".*\.fc[12]", "scheme": "product", "block_size": 4, "n_centroids": 16, "stage": "ffn"},
-        {"layers": r".*embed_tokens", "scheme": "product", "block_size": 4, "n_centroids": 16, "stage": "emb"},
+        {
+            "layers": r".*embed_tokens",
+            "scheme": "product",
+            "block_size": 4,
+            "n_centroids": 16,
+            "stage": "emb",
+        },
     ],
 }
 
@@ -27,8 +33,24 @@ def test_an_imported_folder_compresses_and_answers(tmp_path: Path, capsys) -> No
     capsys.readouterr()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(RECIPE))
-    command = ["compress", str(tmp_path / "fs" / "model.pt"), "--recipe", str(recipe), "-o", str(small), "--parts", "float32"]
-    command += ["--data", str(tmp_path / "fs"), "--bpe", "qn_wordpiece", "--bpe-files", str(tmp_path / "fs" / "vocab.txt")]
+    command = [
+        "compress",
+        str(tmp_path / "fs" / "model.pt"),
+        "--recipe",
+        str(recipe),
+        "-o",
+        str(small),
+        "--parts",
+        "float32",
+    ]
+    command += [
+        "--data",
+        str(tmp_path / "fs"),
+        "--bpe",
+        "qn_wordpiece",
+        "--bpe-files",
+        str(tmp_path / "fs" / "vocab.txt"),
+    ]
     assert cli.main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["size"]["total"] == small.stat().st_size and len(report["frozen_here"]) > 2

@@ -1,4 +1,6 @@
-"""import_hf against transformers: the same hidden states, through fairseq's own roberta, on real sentences."""
+"""import_hf against transformers: the same hidden states, through fairseq's own roberta, on real
+sentences.
+"""
 
 import json
 import subprocess
@@ -14,14 +16,17 @@ from torch import nn
 from fairseq_qn.interop import import_hf
 
 TOLERANCE = 1e-4  # of hidden states of order 1, fp32
-# fairseq's own roberta has LayerNorm eps 1e-5 where MiniLM was trained with 1e-12. Measured: 1.7e-3 on these sentences
+# fairseq's own roberta has LayerNorm eps 1e-5 where MiniLM was trained with 1e-12. Measured: 1.7e-3 on these
+# sentences
 STOCK_TOLERANCE = 5e-3
 
 
 def load_stock(checkpoint: Path, **bpe: str):
     from fairseq.models.roberta import RobertaModel
 
-    return RobertaModel.from_pretrained(str(checkpoint.parent), checkpoint_file=checkpoint.name, **bpe).eval()
+    return RobertaModel.from_pretrained(
+        str(checkpoint.parent), checkpoint_file=checkpoint.name, **bpe
+    ).eval()
 
 
 def honour_eps(hub: nn.Module, eps: float) -> None:
@@ -40,7 +45,9 @@ def wordpiece(folder: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def worst_difference(hub, model, tokenizer) -> float:
-    """Largest difference of hidden states, sentence by sentence, and of all sentences in one padded batch."""
+    """Largest difference of hidden states, sentence by sentence, and of all sentences in one padded
+    batch.
+    """
     from fairseq.data.data_utils import collate_tokens
 
     ids = [hub.encode(s) for s in SENTENCES]
@@ -68,7 +75,10 @@ def test_minilm_hidden_states(minilm, transformers, fairseq_loads, tmp_path, rec
     hub = load_stock(report.checkpoint, arch="qn_roberta", **wordpiece(tmp_path))
     assert type(hub.model).__name__ == "QNRobertaModel"
     honoured = worst_difference(hub, model, tokenizer)
-    print(f"MiniLM, largest difference of hidden states: qn_roberta {honoured:.1e}, fairseq's own roberta {stock:.1e}")
+    print(
+        f"MiniLM, largest difference of hidden states: qn_roberta {honoured:.1e}, fairseq's own roberta "
+        f"{stock:.1e}"
+    )
     record_property("difference_qn_roberta", honoured)
     record_property("difference_stock", stock)
     assert honoured < TOLERANCE
@@ -80,7 +90,8 @@ def test_bert_hidden_states_and_logits(act, transformers, fairseq_loads, tmp_pat
     lines = wordpiece_lines()
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(lines), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=len(lines), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48,
         max_position_embeddings=150, hidden_act=act, pad_token_id=lines.index("[PAD]"), layer_norm_eps=1e-3,
         initializer_range=0.5,
     )  # fmt: skip
@@ -101,7 +112,8 @@ def test_bert_hidden_states_and_logits(act, transformers, fairseq_loads, tmp_pat
         with torch.no_grad():
             expected = model(**tokenizer(sentence, return_tensors="pt")).logits[0][:, column]
             found = hub.model(hub.encode(sentence).unsqueeze(0))[0][0]
-        expected[:, 1] = found[:, 1]  # the padding token's row is zero in fairseq: its logit is its bias alone
+        # the padding token's row is zero in fairseq: its logit is its bias alone
+        expected[:, 1] = found[:, 1]
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
@@ -115,8 +127,10 @@ def test_roberta_hidden_states_and_logits(pad, tied, transformers, fairseq_loads
     ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
-        vocab_size=len(ids), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=300, type_vocab_size=1, pad_token_id=pad, layer_norm_eps=1e-5, tie_word_embeddings=tied,
+        vocab_size=len(ids), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=300, type_vocab_size=1, pad_token_id=pad, layer_norm_eps=1e-5,
+        tie_word_embeddings=tied,
         initializer_range=0.5,
     )  # fmt: skip
     model = transformers.RobertaForMaskedLM(config).eval()
@@ -136,7 +150,9 @@ def test_roberta_hidden_states_and_logits(pad, tied, transformers, fairseq_loads
         with torch.no_grad():
             expected = model(torch.tensor([expected_ids]), output_hidden_states=True)
             logits, _ = hub.model(tokens.unsqueeze(0))
-        torch.testing.assert_close(hub.extract_features(tokens), expected.hidden_states[-1], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            hub.extract_features(tokens), expected.hidden_states[-1], atol=TOLERANCE, rtol=0
+        )
         wanted = expected.logits[0][:, column]
         wanted[:, 1] = logits[0][:, 1]
         torch.testing.assert_close(logits[0], wanted, atol=1e-3, rtol=1e-4)
@@ -148,7 +164,8 @@ def test_roberta_classifier_becomes_the_head(transformers, fairseq_loads, tmp_pa
     byte_bpe_files(folder, 1)
     n = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
     config = transformers.RobertaConfig(
-        vocab_size=n, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, num_labels=5,
+        vocab_size=n, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        num_labels=5,
         max_position_embeddings=300, pad_token_id=1, layer_norm_eps=1e-5, initializer_range=0.5,
     )  # fmt: skip
     model = transformers.RobertaForSequenceClassification(config).eval()
@@ -178,7 +195,9 @@ def randomise(model: nn.Module) -> None:
 
 
 def test_only_namespace_has_to_be_allowed(tmp_path):
-    """torch >= 2.6 restores the checkpoint with weights_only: nothing in it but argparse.Namespace needs permission."""
+    """torch >= 2.6 restores the checkpoint with weights_only: nothing in it but argparse.Namespace needs
+    permission.
+    """
     write_bert(tmp_path / "hf", wordpiece_lines())
     path = import_hf(tmp_path / "hf", tmp_path / "model.pt").checkpoint
     allowed = torch.serialization.get_safe_globals()
@@ -204,27 +223,44 @@ def test_no_fairseq_import(tmp_path):
 
 
 def test_fairseq_train_restores_it(fairseq_loads, tmp_path):
-    """The stock command fine-tunes from the checkpoint: --restore-file, the report's options, two updates."""
+    """The stock command fine-tunes from the checkpoint: --restore-file, the report's options, two
+    updates.
+    """
     write_bert(tmp_path / "hf", wordpiece_lines(), max_position_embeddings=64)
     report = import_hf(tmp_path / "hf", tmp_path / "model.pt")
     text = tmp_path / "train.txt"
     text.write_text("the report is read in march .\n" * 16, encoding="utf-8")
     data, save = str(tmp_path / "bin"), str(tmp_path / "ck")
     allow = "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
-    preprocess = ["--only-source", "--srcdict", str(tmp_path / "dict.txt"), "--trainpref", str(text), "--destdir", data]
+    preprocess = [
+        "--only-source",
+        "--srcdict",
+        str(tmp_path / "dict.txt"),
+        "--trainpref",
+        str(text),
+        "--destdir",
+        data,
+    ]
     train = [
-        data, "--cpu", "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta", *report.train_options,
-        "--restore-file", str(report.checkpoint), "--reset-optimizer", "--reset-dataloader", "--reset-meters",
-        "--reset-lr-scheduler", "--tokens-per-sample", "32", "--batch-size", "4", "--optimizer", "adam", "--lr", "1e-3",
-        "--max-update", "2", "--disable-validation", "--save-dir", save, "--num-workers", "0", "--log-format", "json",
+        data, "--cpu", "--task", "masked_lm", "--criterion", "masked_lm", "--arch", "roberta",
+        *report.train_options,
+        "--restore-file", str(report.checkpoint), "--reset-optimizer", "--reset-dataloader",
+        "--reset-meters",
+        "--reset-lr-scheduler", "--tokens-per-sample", "32", "--batch-size", "4", "--optimizer", "adam",
+        "--lr", "1e-3",
+        "--max-update", "2", "--disable-validation", "--save-dir", save, "--num-workers", "0",
+        "--log-format", "json",
     ]  # fmt: skip
     for module, arguments in (("preprocess", preprocess), ("train", train)):
         code = f"{allow}from fairseq_cli.{module} import cli_main; cli_main()"
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     assert "Loaded checkpoint" in done.stderr + done.stdout
     before, after = (
-        torch.load(path, weights_only=False)["model"] for path in (report.checkpoint, Path(save) / "checkpoint_last.pt")
+        torch.load(path, weights_only=False)["model"]
+        for path in (report.checkpoint, Path(save) / "checkpoint_last.pt")
     )
     assert before.keys() == after.keys()
     name = "encoder.sentence_encoder.layers.1.fc2.weight"

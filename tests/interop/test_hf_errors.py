@@ -32,7 +32,8 @@ def test_other_models_are_refused(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_size": None}, {"num_hidden_layers": 0}, {"vocab_size": "many"}, {"num_attention_heads": 3}]
+    "change",
+    [{"hidden_size": None}, {"num_hidden_layers": 0}, {"vocab_size": "many"}, {"num_attention_heads": 3}],
 )
 def test_configs_that_make_no_sense(change, tmp_path):
     write_bert(tmp_path / "hf", LINES, tensors=bert_tensors(bert_config(len(LINES))), **change)
@@ -127,7 +128,9 @@ def test_an_old_checkpoint_survives_a_failure(tmp_path):
 
 
 def test_half_precision_names_of_tensorflow_and_prefixes(tmp_path):
-    """Older folders: fp16, `bert.` before each name, LayerNorm.gamma and .beta. All become the same fp32 checkpoint."""
+    """Older folders: fp16, `bert.` before each name, LayerNorm.gamma and .beta. All become the same fp32
+    checkpoint.
+    """
     tensors = {k: v.half() for k, v in bert_tensors(bert_config(len(LINES))).items()}
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     states = []
@@ -138,7 +141,9 @@ def test_half_precision_names_of_tensorflow_and_prefixes(tmp_path):
         path = import_hf(tmp_path / str(i), tmp_path / f"{i}.pt").checkpoint
         states.append(torch.load(path, weights_only=False)["model"])
     assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][k], states[1][k]) and states[0][k].dtype == torch.float32 for k in states[0])
+    assert all(
+        torch.equal(states[0][k], states[1][k]) and states[0][k].dtype == torch.float32 for k in states[0]
+    )
 
 
 def refused(folder: Path, error: type[Exception], word: str) -> None:

@@ -11,14 +11,32 @@ from hypothesis import strategies as st
 
 from fairseq_qn.errors import FormatError
 from fairseq_qn.interop import import_hf
-from fairseq_qn.interop.hf_vocab import WORDPIECE_SPECIALS, gpt2_vocabulary, read_vocabulary, wordpiece_vocabulary
+from fairseq_qn.interop.hf_vocab import (
+    WORDPIECE_SPECIALS,
+    gpt2_vocabulary,
+    read_vocabulary,
+    wordpiece_vocabulary,
+)
 
 NAMES = dict(zip(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], WORDPIECE_SPECIALS, strict=True))
 # tokens as the wild has them, and some that fairseq's dictionary would choke on
 TOKENS = st.one_of(
     st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\n\r"), max_size=4),
     st.sampled_from(
-        ["", " ", "<s>", "</s>", "<unk>", "<mask>", "#fairseq:overwrite", "a b", "\u3000", "x 1", "\x85", "##s"]
+        [
+            "",
+            " ",
+            "<s>",
+            "</s>",
+            "<unk>",
+            "<mask>",
+            "#fairseq:overwrite",
+            "a b",
+            "\u3000",
+            "x 1",
+            "\x85",
+            "##s",
+        ]
     ),
 )
 
@@ -66,7 +84,9 @@ def test_gpt2_rows_and_symbols(pad, tmp_path):
 
 
 def test_merges_are_read_whole_by_fairseq(tmp_path):
-    """fairseq skips the first line of vocab.bpe and what follows the last newline: nothing may be lost to that."""
+    """fairseq skips the first line of vocab.bpe and what follows the last newline: nothing may be lost to
+    that.
+    """
     ids = {t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b", "ab", "abab", "<mask>"])}
     for merges in ("a b\nab ab", "#version: 0.2\na b\nab ab\n"):
         text = gpt2_vocabulary(json.dumps(ids), merges, Path("vocab.json")).files["vocab.bpe"]

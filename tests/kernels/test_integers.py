@@ -13,12 +13,19 @@ from fairseq_qn.kernels import native
 from fairseq_qn.quant.integer import Integers, dequantize, fake_quantize, fake_quantize_some
 from fairseq_qn.quant.noise import bernoulli
 
-needs_kernel = pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
+needs_kernel = pytest.mark.skipif(
+    native.library() is None, reason="the kernel was not compiled at installation"
+)
 
 
 @needs_kernel
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 300), st.sampled_from([1, 3, 16, 64, 1000, 20_000]), st.floats(1e-38, 1e36))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 300),
+    st.sampled_from([1, 3, 16, 64, 1000, 20_000]),
+    st.floats(1e-38, 1e36),
+)
 def test_every_bit_is_that_of_torch(seed: int, ranges: int, size: int, largest: float) -> None:
     ranges = min(ranges, 60_000 // size)
     generator = torch.Generator().manual_seed(seed)
@@ -34,9 +41,13 @@ def test_every_bit_is_that_of_torch(seed: int, ranges: int, size: int, largest: 
 
 @needs_kernel
 def test_integers_go_through_it_and_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    integers = Integers(torch.arange(40, dtype=torch.uint8).view(4, 10), torch.rand(4), torch.arange(4, dtype=torch.uint8))
+    integers = Integers(
+        torch.arange(40, dtype=torch.uint8).view(4, 10), torch.rand(4), torch.arange(4, dtype=torch.uint8)
+    )
     compiled = dequantize(integers, (8, 5))
-    assert kernel.usable(integers.levels, integers.scale) and not kernel.usable(integers.levels, integers.scale.half())
+    assert kernel.usable(integers.levels, integers.scale) and not kernel.usable(
+        integers.levels, integers.scale.half()
+    )
     monkeypatch.setattr(native, "library", lambda: None)
     assert not kernel.usable(integers.levels, integers.scale)
     assert torch.equal(dequantize(integers, (8, 5)), compiled)
@@ -44,7 +55,9 @@ def test_integers_go_through_it_and_need_not(monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_kernel
 @pytest.mark.parametrize("kind", ["normal", "constant", "zero", "one_signed", "huge", "tiny", "inf", "nan"])
-@pytest.mark.parametrize(("granularity", "shape"), [("tensor", (70, 96)), ("channel", (70, 96)), ("group", (700, 96))])
+@pytest.mark.parametrize(
+    ("granularity", "shape"), [("tensor", (70, 96)), ("channel", (70, 96)), ("group", (700, 96))]
+)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_noise_is_that_of_torch_to_the_bit(
     bits: int, granularity: str, shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from fairseq_qn.kernels import lookup, native
 from fairseq_qn.quant.product import decode
 
-needs_kernel = pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
+needs_kernel = pytest.mark.skipif(
+    native.library() is None, reason="the kernel was not compiled at installation"
+)
 ROWS = [1, 2, 4, 5, 8, 9, 16, 17, 40, 67]
 
 
@@ -51,7 +53,8 @@ def test_the_product_is_that_of_the_decoded_weight(
     found = lookup.linear(x, codes, codebook, bias if with_bias else None)
     weight = decode(codes, codebook, (out, groups * d)).double()
     expected = F.linear(x.double(), weight, bias.double() if with_bias else None)
-    largest = F.linear(x.double().abs(), weight.abs()).amax() + bias.abs().max()  # what rounding is relative to
+    # what rounding is relative to
+    largest = F.linear(x.double().abs(), weight.abs()).amax() + bias.abs().max()
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert (found - expected).abs().max() <= 2**-22 * largest
 

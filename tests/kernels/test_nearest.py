@@ -13,7 +13,9 @@ from fairseq_qn.kernels import native
 from fairseq_qn.kernels import nearest as kernel
 from fairseq_qn.quant import kmeans
 
-needs_kernel = pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
+needs_kernel = pytest.mark.skipif(
+    native.library() is None, reason="the kernel was not compiled at installation"
+)
 
 
 @pytest.fixture
@@ -43,7 +45,12 @@ def widths() -> list[int]:
 
 @needs_kernel
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 8, 9, 16, 64]), st.integers(1, 70))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 200),
+    st.sampled_from([1, 2, 3, 4, 8, 9, 16, 64]),
+    st.integers(1, 70),
+)
 def test_no_codeword_is_nearer_than_the_one_that_the_kernel_finds(seed: int, n: int, d: int, k: int) -> None:
     x, codebook = rows(seed, n, d), rows(seed + 1, k, d)
     distances = torch.cdist(x.double(), codebook.double()).pow(2)

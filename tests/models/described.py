@@ -1,4 +1,6 @@
-"""Tiny models with random weights, a BPE and a head, saved as small files; and a watch over what a load does."""
+"""Tiny models with random weights, a BPE and a head, saved as small files; and a watch over what a load
+does.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,15 @@ def build(kind: str, **more: Any) -> Any:
     """A model of this kind, without views."""
     torch.manual_seed(0)
     words = dictionary(*map(str, range(300)))
-    sides = {"qn_roberta": ["encoder"], "qn_transformer": ["encoder", "decoder"], "qn_transformer_lm": ["decoder"]}[kind]
-    args = {f"{side}_{name}": size for side in sides for name, size in SIZES.items()} | {"arch": kind, "_name": kind}
+    sides = {
+        "qn_roberta": ["encoder"],
+        "qn_transformer": ["encoder", "decoder"],
+        "qn_transformer_lm": ["decoder"],
+    }[kind]
+    args = {f"{side}_{name}": size for side in sides for name, size in SIZES.items()} | {
+        "arch": kind,
+        "_name": kind,
+    }
     if kind == "qn_roberta":
         labels = dictionary("good", "bad", "madeupword0000", "<mask>")
         head = {"num_classes": 2, "classification_head_name": "mood", "regression_target": False}
@@ -53,13 +62,21 @@ def build(kind: str, **more: Any) -> Any:
         task = _task("qn_translation", words, labels=words, max_source_positions=32, max_target_positions=32)
         args |= {"share_all_embeddings": True, "max_source_positions": 32, "max_target_positions": 32}
     else:
-        task = _task("qn_language_modeling", words, tokens_per_sample=32, output_dictionary_size=-1, add_bos_token=False)
+        task = _task(
+            "qn_language_modeling",
+            words,
+            tokens_per_sample=32,
+            output_dictionary_size=-1,
+            add_bos_token=False,
+        )
         args |= {"decoder_input_dim": 8, "decoder_output_dim": 8, "share_decoder_input_output_embed": True}
         args |= {"tokens_per_sample": 32, "add_bos_token": False, "max_target_positions": 32, "tpu": False}
     args |= more
     if kind == "qn_transformer_lm":
         del args["arch"]
-    model = models.build_model(OmegaConf.create(args) if kind == "qn_transformer_lm" else Namespace(**args), task)
+    model = models.build_model(
+        OmegaConf.create(args) if kind == "qn_transformer_lm" else Namespace(**args), task
+    )
     if kind == "qn_roberta":
         model.register_classification_head("mood", 2)
     return model
@@ -74,7 +91,9 @@ def byte_bpe(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(source, assets) of a byte-level BPE with two merges."""
     symbols = [*bytes_to_unicode().values(), "ka", "lo", *(f"x{n}" for n in range(258, 300))]
     folder.mkdir(exist_ok=True)
-    (folder / "encoder.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
+    (folder / "encoder.json").write_text(
+        json.dumps({symbol: number for number, symbol in enumerate(symbols)})
+    )
     (folder / "vocab.bpe").write_text("#version: 0.2\nk a\nl o\n")
     return hub.carry_bpe("gpt2", [folder / "encoder.json", folder / "vocab.bpe"])
 
@@ -98,7 +117,17 @@ def ask(interface: Any) -> Any:
 
 _EVENTS: list[str] = []
 _watching = False
-_SEEN = ("open", "socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "compile", "urllib.", "ctypes.dlopen")
+_SEEN = (
+    "open",
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "compile",
+    "urllib.",
+    "ctypes.dlopen",
+)
 
 
 def _hook(event: str, args: tuple) -> None:
@@ -111,7 +140,9 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch, mark: str) -> Iterator[None]:
-    """Fail if code is run, a file opened or a variable of the environment read that names `mark`, or if anything connects."""
+    """Fail if code is run, a file opened or a variable of the environment read that names `mark`, or if
+    anything connects.
+    """
     global _watching
     read, before = [], os._Environ.__getitem__
     _EVENTS.clear()

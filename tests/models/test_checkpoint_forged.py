@@ -1,4 +1,6 @@
-"""Checkpoints that weights_only lets through, with options that fairseq would evaluate, open or resolve; and many at a time."""
+"""Checkpoints that weights_only lets through, with options that fairseq would evaluate, open or resolve; and
+many at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ from fairseq_qn.cli import main
 from fairseq_qn.errors import FormatError, QNError, UnsupportedError
 from fairseq_qn.models.options import CHECKPOINT_MODEL, CHECKPOINT_TASK, MODELS, TASKS
 
-TASK = {"qn_roberta": "sentence_prediction", "qn_transformer": "translation", "qn_transformer_lm": "language_modeling"}
+TASK = {
+    "qn_roberta": "sentence_prediction",
+    "qn_transformer": "translation",
+    "qn_transformer_lm": "language_modeling",
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +43,16 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         (folder / "label" / "dict.txt").write_text("good 1\nbad 1\n")
         task = {**source["task"], "data": str(folder), "seed": 1, "source_lang": "a", "target_lang": "b"}
         options = {**source["model"], "tokens_per_sample": 32}
-        config = {"model": options if kind == "qn_transformer_lm" else Namespace(**options, arch=kind), "task": task}
-        made[kind] = {"args": None, "cfg": config, "model": model.state_dict(), "optimizer_history": [{"num_updates": 3}]}
+        config = {
+            "model": options if kind == "qn_transformer_lm" else Namespace(**options, arch=kind),
+            "task": task,
+        }
+        made[kind] = {
+            "args": None,
+            "cfg": config,
+            "model": model.state_dict(),
+            "optimizer_history": [{"num_updates": 3}],
+        }
     return made
 
 
@@ -76,18 +90,29 @@ def _flat(options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_option_takes_code(kind: str, states: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_option_takes_code(
+    kind: str, states: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    known = {"model": {**MODELS[kind], **CHECKPOINT_MODEL}, "task": {**TASKS[f"qn_{TASK[kind]}"], **CHECKPOINT_TASK}}
+    known = {
+        "model": {**MODELS[kind], **CHECKPOINT_MODEL},
+        "task": {**TASKS[f"qn_{TASK[kind]}"], **CHECKPOINT_TASK},
+    }
     for part, table in known.items():
         for number, name in enumerate(table):
             if name == "data":
                 continue
             value = CODE[number % 3] if name == "seed" else CODE[number % len(CODE)]
             path = write(tmp_path / "c.pt", states[kind], **{part: {name: value}})
-            with watched(monkeypatch, MARK), pytest.raises(FormatError, match=rf"c\.pt: {part}\.{name}: expected "):
+            with (
+                watched(monkeypatch, MARK),
+                pytest.raises(FormatError, match=rf"c\.pt: {part}\.{name}: expected "),
+            ):
                 hub.load_checkpoint(path)
-    more = {name: CODE[0] for name in {*NAMES} - known["model"].keys() - known["task"].keys() - {"_name", "arch", "task"}}
+    more = {
+        name: CODE[0]
+        for name in {*NAMES} - known["model"].keys() - known["task"].keys() - {"_name", "arch", "task"}
+    }
     path = write(tmp_path / "c.pt", states[kind], model=more, task=more)
     with watched(monkeypatch, MARK):
         hub.load_checkpoint(path)
@@ -95,19 +120,31 @@ def test_no_option_takes_code(kind: str, states: dict, tmp_path: Path, monkeypat
 
 
 REFUSED = {
-    "another model": ({"model": {"_name": "wav2vec2", "arch": "wav2vec2", "conv_feature_layers": CODE[0]}}, "wav2vec2"),
+    "another model": (
+        {"model": {"_name": "wav2vec2", "arch": "wav2vec2", "conv_feature_layers": CODE[0]}},
+        "wav2vec2",
+    ),
     "a name of lists": ({"model": {"_name": [1], "arch": None}}, "[1]"),
     "another task": ({"task": {"_name": "translation_moe"}}, "translation_moe"),
-    "characters": ({"model": {"_name": "qn_transformer_lm", "character_embeddings": True}}, "character_embeddings"),
+    "characters": (
+        {"model": {"_name": "qn_transformer_lm", "character_embeddings": True}},
+        "character_embeddings",
+    ),
     "data from the net": ({"task": {"data": f"http://127.0.0.1:9/{MARK}"}}, "task.data"),
     "data by interpolation": ({"task": {"data": f"${{oc.env:{MARK}}}"}}, "task.data"),
     "a recipe from disk": ({"model": {"quant_recipe": f"/{MARK}"}}, "model.quant_recipe"),
-    "a recipe that reads": ({"task": {"quant_recipe": '{"keep": ["\\u0024{oc.env:' + MARK + '}"]}'}}, "task.quant_recipe"),
+    "a recipe that reads": (
+        {"task": {"quant_recipe": '{"keep": ["\\u0024{oc.env:' + MARK + '}"]}'}},
+        "task.quant_recipe",
+    ),
     "many layers": ({"model": {"encoder_layers": 200}}, "encoder_layers: expected up to 2"),
-    "many layers to keep": ({"model": {"encoder_layers_to_keep": ",".join("0" * 300)}}, "encoder_layers: expected up to 2"),
+    "many layers to keep": (
+        {"model": {"encoder_layers_to_keep": ",".join("0" * 300)}},
+        "encoder_layers: expected up to 2",
+    ),
     "heads that do not divide": ({"model": {"encoder_attention_heads": 3}}, "c.pt"),
     "another width": ({"model": {"encoder_embed_dim": 16}}, "do not fit its options"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -136,10 +173,14 @@ def test_no_checkpoint_of_fairseqs(broken: dict, states: dict, tmp_path: Path) -
 
 def test_a_model_that_no_file_can_hold_trains_and_is_refused_when_saved(tmp_path: Path) -> None:
     model = build("qn_transformer_lm", character_embeddings=True, share_decoder_input_output_embed=False)
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": r".*\.fc[12]", "scheme": "integer", "bits": 8}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": r".*\.fc[12]", "scheme": "integer", "bits": 8}]}
+    )
     fairseq_qn.freeze(model)
     assert "predicted_mb" not in fairseq_qn.figures(model)
-    with pytest.raises(UnsupportedError, match=r"save: the small file cannot describe source\.model\.character_embeddings: "):
+    with pytest.raises(
+        UnsupportedError, match=r"save: the small file cannot describe source\.model\.character_embeddings: "
+    ):
         fairseq_qn.save(model, tmp_path / "x.qn.safetensors")
     fairseq_qn.save(model, tmp_path / "x.qn.safetensors", source={"builder": None})
     with pytest.raises(UnsupportedError, match="pass a fresh dense one"):

@@ -1,6 +1,8 @@
-"""Forged sources under right digests: each loads, or is refused by name; none runs, reads, fetches or leaks anything.
+"""Forged sources under right digests: each loads, or is refused by name; none runs, reads, fetches or leaks
+anything.
 
-Random edits are the same in each run of the tests; QN_FUZZ_EDITS=2000 QN_FUZZ_SEED=7 makes more of them, and others.
+Random edits are the same in each run of the tests; QN_FUZZ_EDITS=2000 QN_FUZZ_SEED=7 makes more of them, and
+others.
 """
 
 from __future__ import annotations
@@ -45,43 +47,59 @@ def no_fsync(monkeypatch: Patch) -> None:
 def hostile(trap: Path) -> list[Any]:
     code = f"open({str(trap)!r}, 'w')"
     return [
-        code, f"__import__('os').environ[{MARK!r}]", f"${{oc.env:{MARK}}}", f"${{oc.env:{MARK},x}}", "${model}", "${",
-        str(trap), f"../{MARK}", f"asset:../{MARK}", f"asset:{trap}", f"http://127.0.0.1:9/{MARK}", f"file://{trap}", "asset:",
-        f"{{'version': 1, 'rules': [], 'x': {code}}}", "[(1, 64), (2, 128)]", "0,2,4", "1,2", "20000,60000", "x" * 100_000, "{",
-        "}", "{0}", "\n", "\x1b[31m", "é", "", "nan", "1e3", None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 31, 32, 300, 511, 513,
-        65_536, 10**6, 10**9, 10**18, -(10**18), 0.5, -0.5, 1e-300, 1e300, [], {}, [[]], [1, 2], [2, 1], [1] * 1000, ["a"],
-        [code], {"a": code}, {"_name": "qn_roberta"}, {"_target_": f"{MARK}.run"}, [10**18, 10**18], *KINDS, *TASKS,
-        *(name.removeprefix("qn_") for name in (*MODELS, *TASKS)), "wav2vec2", "fconv", "lstm", "audio_finetuning",
-        "translation_moe", "gpt2", "sentencepiece", "fastbpe", "hf_byte_bpe", "bert", "moses", "space", "mood", "keys",
+        code, f"__import__('os').environ[{MARK!r}]", f"${{oc.env:{MARK}}}", f"${{oc.env:{MARK},x}}",
+        "${model}", "${",
+        str(trap), f"../{MARK}", f"asset:../{MARK}", f"asset:{trap}", f"http://127.0.0.1:9/{MARK}",
+        f"file://{trap}", "asset:",
+        f"{{'version': 1, 'rules': [], 'x': {code}}}", "[(1, 64), (2, 128)]", "0,2,4", "1,2", "20000,60000",
+        "x" * 100_000, "{",
+        "}", "{0}", "\n", "\x1b[31m", "é", "", "nan", "1e3", None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 31,
+        32, 300, 511, 513,
+        65_536, 10**6, 10**9, 10**18, -(10**18), 0.5, -0.5, 1e-300, 1e300, [], {}, [[]], [1, 2], [2, 1],
+        [1] * 1000, ["a"],
+        [code], {"a": code}, {"_name": "qn_roberta"}, {"_target_": f"{MARK}.run"}, [10**18, 10**18], *KINDS,
+        *TASKS,
+        *(name.removeprefix("qn_") for name in (*MODELS, *TASKS)), "wav2vec2", "fconv", "lstm",
+        "audio_finetuning",
+        "translation_moe", "gpt2", "sentencepiece", "fastbpe", "hf_byte_bpe", "bert", "moses", "space",
+        "mood", "keys",
     ]  # fmt: skip
 
 
 NAMES = [
-    *"""adaptive_softmax_cutoff adaptive_input_cutoff adaptive_input adaptive_softmax_factor character_filters
-    character_embeddings encoder_embed_path decoder_embed_path quant_recipe quant_noise_pq quant_noise_scalar
-    conv_feature_layers xformers_att_config encoder_xformers_att_config decoder_xformers_att_config base_layers encoder
-    decoder quant_noise embed_path encoder_layers_to_keep decoder_layers_to_keep data eval_bleu eval_bleu_detok
-    eval_bleu_detok_args eval_bleu_args w2v_path tie_adaptive_weights checkpoint_activations offload_activations
-    spectral_norm_classification_head builder _name arch task _target_ export user_dir bpe tokenizer source_lang heads
+    *"""adaptive_softmax_cutoff adaptive_input_cutoff adaptive_input adaptive_softmax_factor
+    character_filters character_embeddings encoder_embed_path decoder_embed_path quant_recipe
+    quant_noise_pq quant_noise_scalar
+    conv_feature_layers xformers_att_config encoder_xformers_att_config decoder_xformers_att_config
+    base_layers encoder decoder quant_noise embed_path encoder_layers_to_keep
+    decoder_layers_to_keep data eval_bleu eval_bleu_detok
+    eval_bleu_detok_args eval_bleu_args w2v_path tie_adaptive_weights checkpoint_activations
+    offload_activations spectral_norm_classification_head builder _name arch task _target_ export user_dir
+    bpe tokenizer source_lang heads
     dictionaries label_dictionary gpt2_encoder_json sentencepiece_model bpe_codes""".split(),
     *(name for table in (*MODELS.values(), *TASKS.values()) for name in table),
-]  # fmt: skip
+]
 
 
 def places(data: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key) of every place in nested data."""
-    for key, value in list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()):
+    for key, value in list(
+        data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    ):
         yield data, key
         yield from places(value)
 
 
 def edited(source: Any, draw: random.Random, values: list[Any]) -> Any:
-    """A copy of plain data with one to three edits: a value changed, left out or moved, or an option added."""
+    """A copy of plain data with one to three edits: a value changed, left out or moved, or an option
+    added.
+    """
     source = copy.deepcopy(source)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         homes = [home for home, _ in places(source) if isinstance(home, dict)] + [source]
         home, key = draw.choice(list(places(source)))
-        if len(source) > 250 or "symbols" in source and draw.random() < 0.7:  # rather a dictionary's numbers than a symbol
+        # rather a dictionary's numbers than a symbol
+        if len(source) > 250 or "symbols" in source and draw.random() < 0.7:
             home, key = source, draw.choice(list(source))
         kind = draw.random()
         if kind < 0.5:
@@ -109,7 +127,9 @@ def try_all(path: Path, forged: Any, monkeypatch: Patch, trap: Path) -> str:
     except BaseException as error:
         raise AssertionError(f"{json.dumps(forged)[:3000]} raised {error!r}") from error
     after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_utime - before.ru_utime < 10 and after.ru_maxrss - before.ru_maxrss < 300_000, json.dumps(forged)[:3000]
+    assert after.ru_utime - before.ru_utime < 10 and after.ru_maxrss - before.ru_maxrss < 300_000, (
+        json.dumps(forged)[:3000]
+    )
     assert not trap.exists()
     return outcome
 
@@ -133,13 +153,16 @@ def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeyp
     assert times / 5 < refused < times, "some edits matter, some do not"
 
 
-
 def forge(saved: Path, target: Path, source: dict[str, Any], assets: dict[str, bytes] | None = None) -> Path:
-    """The file with parts of its source changed (part -> options, or the whole part), and with files inside replaced."""
+    """The file with parts of its source changed (part -> options, or the whole part), and with files inside
+    replaced.
+    """
     tensors, plan = parts(saved)
     for name, change in source.items():
         part = plan["source"].get(name)
-        plan["source"][name] = {**part, **change} if isinstance(part, dict) and isinstance(change, dict) else change
+        plan["source"][name] = (
+            {**part, **change} if isinstance(part, dict) and isinstance(change, dict) else change
+        )
     for name, data in (assets or {}).items():
         plan["assets"][name], tensors[f"asset:{name}"] = manifest.pack_asset(data)
     container.write(target, tensors, plan)
@@ -152,12 +175,22 @@ def refusal(path: Path, monkeypatch: Patch) -> str:
     return outcome
 
 
-CODE = [f"open({MARK!r}, 'w')", f"${{oc.env:{MARK}}}", [f"open({MARK!r}, 'w')"], {"_name": MARK}, 10**18, -5, float(2**80)]
+CODE = [
+    f"open({MARK!r}, 'w')",
+    f"${{oc.env:{MARK}}}",
+    [f"open({MARK!r}, 'w')"],
+    {"_name": MARK},
+    10**18,
+    -5,
+    float(2**80),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_option_takes_code(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
-    """Every option of the tables, set to what fairseq evaluates or what fits no option: refused under its name."""
+    """Every option of the tables, set to what fairseq evaluates or what fits no option: refused under its
+    name.
+    """
     monkeypatch.chdir(tmp_path)
     source = fairseq_qn.inspect(files[kind])["source"]
     tables = [("model", MODELS[kind]), ("task", TASKS[source["task"]["_name"]])]
@@ -170,13 +203,19 @@ def test_no_option_takes_code(kind: str, files: dict[str, Path], tmp_path: Path,
 
 
 def test_what_no_table_holds_is_ignored(files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
-    """Files of versions before hold all of fairseq's options; code in those, and paths, are left where they are."""
+    """Files of versions before hold all of fairseq's options; code in those, and paths, are left where they
+    are.
+    """
     monkeypatch.chdir(tmp_path)
     trap = tmp_path / MARK
     for kind in KINDS:
         known = {name for table in (*MODELS.values(), *TASKS.values()) for name in table}
         more = {name: f"open({str(trap)!r}, 'w')" for name in {*NAMES} - known - {"_name", "arch", "task"}}
-        more |= {"encoder_embed_path": str(trap), "quant_recipe": str(trap), "data": f"http://127.0.0.1:9/{MARK}"}
+        more |= {
+            "encoder_embed_path": str(trap),
+            "quant_recipe": str(trap),
+            "data": f"http://127.0.0.1:9/{MARK}",
+        }
         path = forge(files[kind], tmp_path / "f.qn.safetensors", {"model": more, "task": more})
         assert try_all(path, more, monkeypatch, trap) == "answered"
         ours, theirs = (fairseq_qn.load(p).state_dict() for p in (path, files[kind]))
@@ -198,14 +237,23 @@ def test_cutoffs_of_files_of_before_are_text(tmp_path: Path, monkeypatch: Patch)
 
 
 REFUSED = {
-    "another model": ({"model": {"_name": "wav2vec2", "conv_feature_layers": f"open({MARK!r}, 'w')"}}, "source.model._name"),
+    "another model": (
+        {"model": {"_name": "wav2vec2", "conv_feature_layers": f"open({MARK!r}, 'w')"}},
+        "source.model._name",
+    ),
     "a stock model": ({"model": {"_name": "roberta"}}, "source.model._name"),
     "another of ours": ({"model": {"_name": "qn_transformer"}}, "source"),
     "another task": ({"task": {"_name": "translation_moe"}}, "source.task._name"),
     "a task of lists": ({"task": ["qn_masked_lm"]}, "source.task"),
-    "characters": ({"model": {"_name": "qn_transformer_lm", "character_embeddings": True}}, "character_embeddings"),
+    "characters": (
+        {"model": {"_name": "qn_transformer_lm", "character_embeddings": True}},
+        "character_embeddings",
+    ),
     "more layers": ({"model": {"encoder_layers": 200}}, "encoder_layers: expected up to 2"),
-    "many layers": ({"model": {"encoder_layers": 10**9}}, "encoder_layers: expected a whole number from 0 to 256"),
+    "many layers": (
+        {"model": {"encoder_layers": 10**9}},
+        "encoder_layers: expected a whole number from 0 to 256",
+    ),
     "heads that do not divide": ({"model": {"encoder_attention_heads": 3}}, "source.model"),
     "a head's name": ({"heads": {"keys": [2, 8]}}, "source.model"),
     "a head with a path": ({"heads": {"a.b": [2, 8]}}, "source.heads"),
@@ -215,13 +263,28 @@ REFUSED = {
     "another dictionary": ({"dictionaries": {"source_dictionary": "../x"}}, "source.dictionaries"),
     "a BPE unknown here": ({"bpe": {"_name": "hf_byte_bpe", "bpe_merges": MARK}}, "source.bpe._name"),
     "a BPE from disk": ({"bpe": {"gpt2_encoder_json": f"/{MARK}"}}, "source.bpe.gpt2_encoder_json"),
-    "a BPE from elsewhere": ({"bpe": {"gpt2_encoder_json": f"asset:../{MARK}"}}, "source.bpe.gpt2_encoder_json"),
-    "a BPE from the net": ({"bpe": {"gpt2_vocab_bpe": f"http://127.0.0.1:9/{MARK}"}}, "source.bpe.gpt2_vocab_bpe"),
-    "a BPE by default, from the net": ({"bpe": {"_name": "gpt2", "gpt2_vocab_bpe": None}}, "source.bpe.gpt2_vocab_bpe"),
-    "a BPE by interpolation": ({"bpe": {"gpt2_vocab_bpe": f"asset:${{oc.env:{MARK}}}"}}, "source.bpe.gpt2_vocab_bpe"),
-    "a tokenizer": ({"tokenizer": {"_name": "moses", "source_lang": f"../{MARK}"}}, "source.tokenizer.source_lang"),
+    "a BPE from elsewhere": (
+        {"bpe": {"gpt2_encoder_json": f"asset:../{MARK}"}},
+        "source.bpe.gpt2_encoder_json",
+    ),
+    "a BPE from the net": (
+        {"bpe": {"gpt2_vocab_bpe": f"http://127.0.0.1:9/{MARK}"}},
+        "source.bpe.gpt2_vocab_bpe",
+    ),
+    "a BPE by default, from the net": (
+        {"bpe": {"_name": "gpt2", "gpt2_vocab_bpe": None}},
+        "source.bpe.gpt2_vocab_bpe",
+    ),
+    "a BPE by interpolation": (
+        {"bpe": {"gpt2_vocab_bpe": f"asset:${{oc.env:{MARK}}}"}},
+        "source.bpe.gpt2_vocab_bpe",
+    ),
+    "a tokenizer": (
+        {"tokenizer": {"_name": "moses", "source_lang": f"../{MARK}"}},
+        "source.tokenizer.source_lang",
+    ),
     "a tokenizer unknown here": ({"tokenizer": {"_name": MARK}}, "source.tokenizer._name"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -235,14 +298,24 @@ def test_refused(what: str, files: dict[str, Path], tmp_path: Path, monkeypatch:
 
 
 BROKEN = {
-    "source_dictionary.json": [b"", b"[]", b"{}", b"[" * 100_000, b'{"symbols": []}', b"\xff", b'{"symbols": [1]}'],
+    "source_dictionary.json": [
+        b"",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"symbols": []}',
+        b"\xff",
+        b'{"symbols": [1]}',
+    ],
     "encoder.json": [b"", b"[]", b"[" * 100_000, b"{}", b'{"a": []}', b"\xff", b"null", b'{"k": NaN}'],
     "vocab.bpe": [b"\xff\xfe", b"#version: 0.2\nk\n", b"#version: 0.2\nk a\nka lo x\n"],
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_files_inside_that_make_no_sense(name: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+def test_files_inside_that_make_no_sense(
+    name: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
     """An empty dictionary above all: fairseq then reads dict.txt of the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dict.txt").write_text("".join(f"{n} 1\n" for n in range(300)))
@@ -256,14 +329,21 @@ def test_files_inside_that_make_no_sense(name: str, files: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("bpe", ["sentencepiece", "qn_wordpiece", "subword_nmt", "fastbpe"])
-def test_other_bpes_that_make_no_sense(bpe: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+def test_other_bpes_that_make_no_sense(
+    bpe: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
     option = next(iter(BPE_FILES[bpe]))
     for data in (b"", b"a", b"\xff" * 9, b"a b c d\na b\n", b"\n" * 9):
         config = {"_name": bpe, option: "asset:vocab.bpe", "bpe_separator": "@@"}
-        refusal(forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", {"bpe": config}, {"vocab.bpe": data}), monkeypatch)
+        refusal(
+            forge(files["qn_roberta"], tmp_path / "f.qn.safetensors", {"bpe": config}, {"vocab.bpe": data}),
+            monkeypatch,
+        )
 
 
-def test_positions_that_are_computed_take_no_memory(files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
+def test_positions_that_are_computed_take_no_memory(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
     """They are in no tensor that could give the claim away."""
     sizes = {"max_source_positions": 1 << 20, "max_target_positions": 1 << 20}
     path = forge(files["qn_transformer"], tmp_path / "f.qn.safetensors", {"model": sizes, "task": sizes})
@@ -279,7 +359,9 @@ def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkey
     """Fewer than the sentence has tokens: that is said, by name."""
     outcomes = []
     for n in (2, 4, 7):
-        few = dict.fromkeys(("max_positions", "max_source_positions", "max_target_positions", "tokens_per_sample"), n)
+        few = dict.fromkeys(
+            ("max_positions", "max_source_positions", "max_target_positions", "tokens_per_sample"), n
+        )
         for source in ({"model": few, "task": few}, {"task": few}):
             path = forge(files[kind], tmp_path / "f.qn.safetensors", source)
             outcomes.append(try_all(path, source, monkeypatch, tmp_path / MARK))
@@ -288,10 +370,12 @@ def test_few_positions(kind: str, files: dict[str, Path], tmp_path: Path, monkey
 
 LEFT_OUT = [
     *(f"{stack}{name}" for stack in ("encoder.sentence_encoder.", "encoder.", "decoder.") for name in (
-        "layers", "layers.0.self_attn", "layers.1.self_attn.q_proj", "embed_tokens", "embed_positions", "lm_head",
+        "layers", "layers.0.self_attn", "layers.1.self_attn.q_proj", "embed_tokens", "embed_positions",
+        "lm_head",
         "output_projection",
     )),
-    "encoder", "decoder", "classification_heads", "classification_heads.mood", "classification_heads.mood.out_proj",
+    "encoder", "decoder", "classification_heads", "classification_heads.mood",
+    "classification_heads.mood.out_proj",
 ]  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def test_a_dense_checkpoint_makes_a_frozen_model_keep_its_codes_and_phase() -> N
     fairseq_qn.freeze(model)
     codes = {view.name: view.codes.clone() for view in views_of(model)}
     load(model, state_of(Net(3)))
-    assert all(torch.equal(view.codes, codes[view.name]) and view.phase == FROZEN for view in views_of(model))
+    assert all(
+        torch.equal(view.codes, codes[view.name]) and view.phase == FROZEN for view in views_of(model)
+    )
 
 
 @pytest.mark.parametrize("phase", ["float", "coded", "frozen"])
@@ -78,7 +80,8 @@ def test_a_frozen_layer_of_another_recipe_is_refused_by_name(other: str) -> None
         other, r"expected torch\."
     )
     with pytest.raises(
-        MismatchError, match=rf"^block\.fc1\.weight: frozen in the checkpoint, but .*{words}.*use the recipe of"
+        MismatchError,
+        match=rf"^block\.fc1\.weight: frozen in the checkpoint, but .*{words}.*use the recipe of",
     ):
         load(model, state_of(source))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -122,7 +125,8 @@ def test_layers_without_a_rule_here_lose_their_codes_unless_frozen() -> None:
     fairseq_qn.freeze(source, "conv")
     for other in (model, plain):
         with pytest.raises(
-            MismatchError, match=r"^(conv|mix)\.weight: frozen in the checkpoint, but the recipe gives it no rule"
+            MismatchError,
+            match=r"^(conv|mix)\.weight: frozen in the checkpoint, but the recipe gives it no rule",
         ):
             load(other, state_of(source))
 
@@ -137,7 +141,9 @@ class Oscillator(nn.Module):
 @pytest.mark.parametrize("phase", [torch.zeros(3), torch.zeros(()), torch.zeros(3).byte()])
 def test_a_phase_that_is_no_views_is_left_alone(phase: Tensor) -> None:
     model = Oscillator(phase)
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "inner", "scheme": "product", "block_size": 2}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": "inner", "scheme": "product", "block_size": 2}]}
+    )
     state = state_of(Oscillator(phase))
     load(model, state)
     assert "phase" in state and "inner.phase" in state
@@ -159,7 +165,9 @@ def test_a_module_under_two_names(name: str) -> None:
     fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
     (view,) = views_of(model)
     assert set(view.buffer_keys) == {
-        f"{coder}.embed_tokens.{buffer}" for coder in ("encoder", "decoder") for buffer in ("phase", "codes", "digest")
+        f"{coder}.embed_tokens.{buffer}"
+        for coder in ("encoder", "decoder")
+        for buffer in ("phase", "codes", "digest")
     }
     dense = Twice()
     load(model, state_of(dense))

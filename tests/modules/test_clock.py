@@ -1,4 +1,6 @@
-"""When noise is drawn anew: by whichever module is called outermost, in copies and moved parts, by an optimizer's steps."""
+"""When noise is drawn anew: by whichever module is called outermost, in copies and moved parts, by an
+optimizer's steps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ import fairseq_qn
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules.view import views_of
 
-FC = {"version": 1, "noise": {"kind": "proxy", "p": 0.5}, "rules": [{"layers": ".*", "scheme": "product", "block_size": 2}]}
+FC = {
+    "version": 1,
+    "noise": {"kind": "proxy", "p": 0.5},
+    "rules": [{"layers": ".*", "scheme": "product", "block_size": 2}],
+}
 
 
 def drawn(weight: Tensor) -> str:
@@ -25,7 +31,9 @@ def drawn(weight: Tensor) -> str:
 
 
 class Encoder(nn.Module):
-    """Words to vectors and back by one table, which `forward` reads without calling its owner a second time."""
+    """Words to vectors and back by one table, which `forward` reads without calling its owner a second
+    time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +73,9 @@ CALLS: dict[str, Callable[[Any], Tensor]] = {
 
 def watched(model: Encoder) -> list[tuple[str, str]]:
     """What `fc` and the table read when `fc` is called."""
-    model.fc.register_forward_pre_hook(lambda m, _: model.seen.append((drawn(m.weight), drawn(model.embed.weight))))
+    model.fc.register_forward_pre_hook(
+        lambda m, _: model.seen.append((drawn(m.weight), drawn(model.embed.weight)))
+    )
     return model.seen
 
 
@@ -189,7 +199,9 @@ def bare(calls: int = 0) -> tuple[Bare, torch.optim.Optimizer]:
 def test_training_on_bare_reads_raises(calls: int) -> None:
     model, _ = bare(calls)
     answer = model.forward(torch.ones(1, 8)).sum()
-    with pytest.raises(ViewError, match=r"^fc.weight: trained by reads outside of any module's call.*fairseq_qn.follow"):
+    with pytest.raises(
+        ViewError, match=r"^fc.weight: trained by reads outside of any module's call.*fairseq_qn.follow"
+    ):
         answer.backward()
 
 
@@ -270,7 +282,9 @@ def test_follow_again_takes_over_and_resumes() -> None:
     handle.remove()
     second.step()
     assert model._qn_clock.update == 8
-    with pytest.raises(UnsupportedError, match="^follow: expected a model that fairseq_qn.apply has given views"):
+    with pytest.raises(
+        UnsupportedError, match="^follow: expected a model that fairseq_qn.apply has given views"
+    ):
         fairseq_qn.follow(nn.Linear(2, 2), first)
     with pytest.raises(UnsupportedError, match="^follow: .*and Tensor"):
         fairseq_qn.follow(model, torch.ones(1))

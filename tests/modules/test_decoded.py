@@ -18,7 +18,9 @@ from fairseq_qn.errors import UnsupportedError
 def test_a_plain_model_answers_as_the_frozen_one(scheme: str) -> None:
     model = frozen(train_the_pad_row, **SCHEMES[scheme])
     state, plain = fairseq_qn.decoded_state_dict(model), Net(seed=7).eval()
-    assert list(state) == list(plain.state_dict()) and not any(tensor.requires_grad for tensor in state.values())
+    assert list(state) == list(plain.state_dict()) and not any(
+        tensor.requires_grad for tensor in state.values()
+    )
     assert not torch.equal(state["block.fc1.weight"], model.state_dict()["block.fc1.weight"])
     plain.load_state_dict(state, strict=True)
     assert torch.equal(answers(plain), answers(model))
@@ -42,7 +44,9 @@ def test_parts_copies_and_odd_owners() -> None:
     assert list(part) == list(Net().block.state_dict())
     assert torch.equal(part["attn.q_proj.weight"], model.block.attn.q_proj.weight)
     shared = Shared()
-    fairseq_qn.apply(shared, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]})
+    fairseq_qn.apply(
+        shared, {"version": 1, "rules": [{"layers": "[bc]", "scheme": "product", "n_centroids": 5}]}
+    )
     fairseq_qn.freeze(shared)
     plain = Shared().eval()
     plain.load_state_dict(fairseq_qn.decoded_state_dict(shared), strict=True)
@@ -55,7 +59,13 @@ def test_of_loaded_models(mode: str, tmp_path) -> None:
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
     loaded = fairseq_qn.load(tmp_path / "m", mode, Net())
     if mode == "dense":
-        assert all(torch.equal(a, b) for a, b in zip(*(fairseq_qn.decoded_state_dict(m).values() for m in (loaded, model))))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(*(fairseq_qn.decoded_state_dict(m).values() for m in (loaded, model)))
+        )
     else:
-        with pytest.raises(UnsupportedError, match='^decoded_state_dict: the model is packed; load its file with mode="dense"'):
+        with pytest.raises(
+            UnsupportedError,
+            match='^decoded_state_dict: the model is packed; load its file with mode="dense"',
+        ):
             fairseq_qn.decoded_state_dict(nn.Sequential(loaded))

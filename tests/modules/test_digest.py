@@ -1,4 +1,6 @@
-"""Averaging breaks codes and phases: what is then wrong is refused by name, whatever averaged it, and what is right is not."""
+"""Averaging breaks codes and phases: what is then wrong is refused by name, whatever averaged it, and what
+is right is not.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ from fairseq_qn.modules.view import CODED, FROZEN, views_of
 
 State = dict[str, Tensor]
 SAID = "its phase and codes are not those of its digest: codes cannot be averaged; load a single checkpoint"
-RULES = {"product": {"k": 16}, "many": {"k": 300, "block_size": 1}, "integer": {"scheme": "integer", "bits": 4}}
+RULES = {
+    "product": {"k": 16},
+    "many": {"k": 300, "block_size": 1},
+    "integer": {"scheme": "integer", "bits": 4},
+}
 
 
 def made(phase: int, seed: int = 0, kind: str = "product") -> Net:
@@ -38,7 +44,9 @@ def made(phase: int, seed: int = 0, kind: str = "product") -> Net:
 
 
 def mean(states: list[State]) -> State:
-    """What fairseq's scripts/average_checkpoints.py computes: sums in the tensors' own dtype (fp16 in fp32), then / or //."""
+    """What fairseq's scripts/average_checkpoints.py computes: sums in the tensors' own dtype (fp16 in fp32),
+    then / or //.
+    """
     sums: State = {}
     for state in states:
         for name, tensor in state.items():
@@ -116,7 +124,9 @@ def test_the_mean_of_two_phases_is_refused(load: Callable, phases: tuple[int, ..
 @LOADERS
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("n", [2, 100, 128])
-def test_equal_codes_are_taken_where_their_mean_is_right_and_nowhere_else(load: Callable, n: int, kind: str) -> None:
+def test_equal_codes_are_taken_where_their_mean_is_right_and_nowhere_else(
+    load: Callable, n: int, kind: str
+) -> None:
     state = made(FROZEN, 0, kind).state_dict()
     averaged = mean([state] * n)
     right = same(averaged, state)
@@ -138,7 +148,9 @@ def stored(phase: int) -> State:
 @given(st.data())
 def test_no_change_of_codes_or_phase_passes(data: st.DataObject) -> None:
     """One code or one phase, changed by hand in any way."""
-    state = {name: tensor.clone() for name, tensor in stored(data.draw(st.sampled_from([CODED, FROZEN]))).items()}
+    state = {
+        name: tensor.clone() for name, tensor in stored(data.draw(st.sampled_from([CODED, FROZEN]))).items()
+    }
     flat = state[data.draw(st.sampled_from(sorted(buffers(state))))].view(-1)
     i = data.draw(st.integers(0, len(flat) - 1))
     flat[i] = data.draw(st.integers(0, 255).filter(lambda value: value != int(flat[i])))
@@ -159,7 +171,11 @@ def test_a_model_averaged_over_its_stages_is_refused_when_it_is_read(kind: str) 
     average(IDS)
     fairseq_qn.freeze(model)
     average.update_parameters(model)
-    for read in (lambda: average(IDS), lambda: average.module.block.fc1.weight, lambda: fairseq_qn.freeze(average.module)):
+    for read in (
+        lambda: average(IDS),
+        lambda: average.module.block.fc1.weight,
+        lambda: fairseq_qn.freeze(average.module),
+    ):
         with pytest.raises(ViewError, match=SAID):
             read()
 
@@ -199,9 +215,17 @@ def test_codes_learned_anew_break_the_average() -> None:
 
 OTHERWISE = {
     "K": (dict(k=16), dict(k=8), r"expected block_size, n_centroids \[\d, 8, 0\], found \[\d, 16, 0\]"),
-    "bits": (dict(scheme="integer"), dict(scheme="integer", bits=4), r"expected bits, .* \[4, 1, 0\], found \[8, 1, 0\]"),
-    "ranges": (dict(scheme="integer"), dict(scheme="integer", granularity="tensor"), r"\[8, 0, 0\], found \[8, 1, 0\]"),
-}  # fmt: skip
+    "bits": (
+        dict(scheme="integer"),
+        dict(scheme="integer", bits=4),
+        r"expected bits, .* \[4, 1, 0\], found \[8, 1, 0\]",
+    ),
+    "ranges": (
+        dict(scheme="integer"),
+        dict(scheme="integer", granularity="tensor"),
+        r"\[8, 0, 0\], found \[8, 1, 0\]",
+    ),
+}
 
 
 @LOADERS
@@ -211,7 +235,8 @@ def test_frozen_by_another_recipe_of_the_same_shapes(case: str, load: Callable) 
     old, new, words = OTHERWISE[case]
     source = Net().eval()
     with torch.no_grad():
-        source.block.fc1.weight.copy_(torch.arange(5).repeat(32)[:128].view(16, 8))  # few distinct blocks: few codes
+        # few distinct blocks: few codes
+        source.block.fc1.weight.copy_(torch.arange(5).repeat(32)[:128].view(16, 8))
     fairseq_qn.apply(source, recipe("block.fc1", **old))
     fairseq_qn.freeze(source)
     if case == "K":
@@ -231,7 +256,9 @@ def test_checkpoints_of_before_there_were_digests_load(load: Callable, phase: in
     old = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".digest")}
     target = made(0, 5, kind)
     load(target, dict(old))
-    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items())
+    assert all(
+        torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items()
+    )
     if phase == FROZEN:
         assert torch.equal(target(IDS), source(IDS))
 

@@ -64,7 +64,9 @@ def test_every_reader_sees_cluster_means_and_the_pad_row_as_it_is() -> None:
             torch.testing.assert_close(row, expected[code])
         seen, stored = view.home.weight.detach(), view.weight.detach()
         report = next(r for r in reports if r.name == view.name)
-        assert report.error == pytest.approx(float((stored - seen).pow(2).sum() / stored.pow(2).sum()), rel=1e-4)
+        assert report.error == pytest.approx(
+            float((stored - seen).pow(2).sum() / stored.pow(2).sum()), rel=1e-4
+        )
         assert not torch.equal(seen, stored) and view.phase == FROZEN
     assert (model.embed.weight[PAD] == 7).all() and torch.equal(model.embed.weight, model.head.weight)
 
@@ -92,12 +94,17 @@ def test_the_gradient_of_a_codeword_is_the_mean_of_its_blocks_gradients_and_sgd_
         for code, row in means(view, view.weight.grad).items():
             torch.testing.assert_close(row, expected[code], rtol=1e-4, atol=1e-7)
         for code, row in codebook(view).items():
-            torch.testing.assert_close(row, before[view.name][code] - 0.5 * expected[code], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                row, before[view.name][code] - 0.5 * expected[code], rtol=1e-4, atol=1e-6
+            )
         spread = [
-            view.weight.grad[index] for block in blocks_by_hand(view.weight, view.rule.block_size) for index in block
+            view.weight.grad[index]
+            for block in blocks_by_hand(view.weight, view.rule.block_size)
+            for index in block
         ]
         assert any(spread), view.name
-    learned = model.embed._parameters["weight"].grad[PAD]  # the tied head reads the pad row, and trains it as it would dense
+    # the tied head reads the pad row, and trains it as it would dense
+    learned = model.embed._parameters["weight"].grad[PAD]
     assert learned.any()
     torch.testing.assert_close(learned, twin.embed.weight.grad[PAD])
 
@@ -154,9 +161,9 @@ def test_stages_freeze_one_by_one_in_any_order() -> None:
     for stage in ("conv", "ffn", "emb"):
         before = snapshot(model)
         reports = fairseq_qn.freeze(model, stage)
-        assert {r.name.removesuffix(".weight") for r in reports} == names[stage] and {r.stage for r in reports} == {
-            stage
-        }
+        assert {r.name.removesuffix(".weight") for r in reports} == names[stage] and {
+            r.stage for r in reports
+        } == {stage}
         done |= names[stage]
         changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
         assert changed == {f"{n}.{buffer}" for n in names[stage] for buffer in ("phase", "codes", "digest")}
@@ -165,7 +172,8 @@ def test_stages_freeze_one_by_one_in_any_order() -> None:
         model(IDS)
         frozen_reads = {n: model.get_submodule(n).weight.detach() for n in done}
         model(IDS)
-        assert all(torch.equal(model.get_submodule(n).weight, w) for n, w in frozen_reads.items())  # no noise on them
+        # no noise on them
+        assert all(torch.equal(model.get_submodule(n).weight, w) for n, w in frozen_reads.items())
     assert fairseq_qn.freeze(model) == []
 
 
@@ -191,7 +199,9 @@ def test_exact_noise_hands_its_codebook_on() -> None:
     model = applied(kind="exact", p=0.5)
     fairseq_qn.refresh(model)
     errors = {r.name: r.error for r in fairseq_qn.refresh(model)}
-    assert all(r.error <= errors[r.name] * (1 + 1e-5) + 1e-12 for r in fairseq_qn.freeze(model, iterations=1))
+    assert all(
+        r.error <= errors[r.name] * (1 + 1e-5) + 1e-12 for r in fairseq_qn.freeze(model, iterations=1)
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -202,7 +212,9 @@ def test_nan_names_the_layer_and_nothing_is_changed(value: float, scheme: str) -
         model.mix._parameters["weight"].view(-1)[3] = value  # not the first layer to be looked at
     before = snapshot(model)
     for stage in (None, "conv"):
-        with pytest.raises(NonFiniteWeight, match=r"^mix.weight: 1 of 12 weights are NaN or Inf; nothing was frozen$"):
+        with pytest.raises(
+            NonFiniteWeight, match=r"^mix.weight: 1 of 12 weights are NaN or Inf; nothing was frozen$"
+        ):
             fairseq_qn.freeze(model, stage)
         after = model.state_dict()
         assert all(torch.equal(t, after[n]) or n == "mix.weight" for n, t in before.items())
@@ -220,7 +232,9 @@ def test_refresh_refuses_nan_too() -> None:
 
 def test_unknown_stages_and_models_without_a_recipe() -> None:
     model = applied()
-    with pytest.raises(RecipeError, match=r"^freeze: stage: expected one of \['emb', 'conv', 'ffn'\], found 'attn'$"):
+    with pytest.raises(
+        RecipeError, match=r"^freeze: stage: expected one of \['emb', 'conv', 'ffn'\], found 'attn'$"
+    ):
         fairseq_qn.freeze(model, "attn")
     for verb in (fairseq_qn.freeze, fairseq_qn.refresh, fairseq_qn.predict_size):
         with pytest.raises(UnsupportedError, match=r"the model carries no recipe; call fairseq_qn.apply"):

@@ -1,4 +1,6 @@
-"""Two processes: each layer is learned by one of them, and both hold the codes that a single process would."""
+"""Two processes: each layer is learned by one of them, and both hold the codes that a single process
+would.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def frozen(kind: str) -> tuple[Wide, list[Any]]:
     for rule in data["rules"]:
         rule["layers"] = r"net\." + rule["layers"]
     for name, k in (("wide", 300), ("wider", 33_000)):
-        data["rules"].append({"layers": name, "scheme": "product", "block_size": 1, "n_centroids": k, "stage": "wide"})
+        data["rules"].append(
+            {"layers": name, "scheme": "product", "block_size": 1, "n_centroids": k, "stage": "wide"}
+        )
     model = Wide()
     fairseq_qn.apply(model, data)
     fairseq_qn.refresh(model)
@@ -50,7 +54,9 @@ def gradient_under_ddp(rank: int) -> torch.Tensor:
 
 def work(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/init", rank=rank, world_size=WORLD
+    )
     result: dict[str, Any] = {}
     for kind in ("proxy", "exact"):
         model, reports = frozen(kind)

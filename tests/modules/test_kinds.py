@@ -48,13 +48,28 @@ def changed(path: str, **options: object) -> Callable[[], Net]:
 
 STRANGERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another class": (Other, "the model: expected 'Net', as saved, found Other"),
-    "eps": (changed("block.norm", eps=1e-12), "block.norm: expected LayerNorm with 'eps=1e-05', as saved, found 'eps=1e-12'"),
-    "padding": (changed("conv", padding=(0, 0)), "conv: expected Conv2d with 'padding=1,1', as saved, found 'padding=0,0'"),
+    "eps": (
+        changed("block.norm", eps=1e-12),
+        "block.norm: expected LayerNorm with 'eps=1e-05', as saved, found 'eps=1e-12'",
+    ),
+    "padding": (
+        changed("conv", padding=(0, 0)),
+        "conv: expected Conv2d with 'padding=1,1', as saved, found 'padding=0,0'",
+    ),
     "stride": (changed("conv", stride=(2, 2)), "conv: expected Conv2d with 'stride=1,1'"),
-    "padding_mode": (changed("conv", padding_mode="circular"), "conv: expected Conv2d with 'padding_mode=zeros'"),
-    "pad row": (changed("embed", padding_idx=None), "embed: expected Embedding with 'padding_idx=1', as saved, found 'none'"),
-    "max_norm": (changed("embed", max_norm=1.0), "embed: expected Embedding with 'no more', as saved, found 'max_norm=1.0'"),
-}  # fmt: skip
+    "padding_mode": (
+        changed("conv", padding_mode="circular"),
+        "conv: expected Conv2d with 'padding_mode=zeros'",
+    ),
+    "pad row": (
+        changed("embed", padding_idx=None),
+        "embed: expected Embedding with 'padding_idx=1', as saved, found 'none'",
+    ),
+    "max_norm": (
+        changed("embed", max_norm=1.0),
+        "embed: expected Embedding with 'no more', as saved, found 'max_norm=1.0'",
+    ),
+}
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
@@ -70,7 +85,9 @@ class Chain(nn.Sequential):
 
 def save_a_chain(path: Path, *between: nn.Module) -> None:
     model = Chain(*between)
-    fairseq_qn.apply(model, {"version": 1, "rules": [{"layers": "0", "scheme": "product", "n_centroids": 5}]})
+    fairseq_qn.apply(
+        model, {"version": 1, "rules": [{"layers": "0", "scheme": "product", "n_centroids": 5}]}
+    )
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, path)
 
@@ -85,7 +102,9 @@ def test_activations_are_told_apart(tmp_path: Path) -> None:
         message = refusal(tmp_path / "m", MismatchError, Chain(other))
         assert message.startswith(found)
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh())
-    assert "the model: expected 'Chain', as saved, found Sequential size=4" in refusal(tmp_path / "m", MismatchError, model)
+    assert "the model: expected 'Chain', as saved, found Sequential size=4" in refusal(
+        tmp_path / "m", MismatchError, model
+    )
     model = Chain(nn.GELU())
     model.append(nn.Tanh())
     assert "the model: expected Chain with 'size=3'" in refusal(tmp_path / "m", MismatchError, model)
@@ -104,7 +123,9 @@ def test_a_file_of_before_says_nothing_of_modules(mode: str, saved: Path, tmp_pa
     assert_answers(answers(fairseq_qn.load(old, mode, Net())), answers(frozen()), mode)
 
 
-@pytest.mark.parametrize("value", [[], "x", {"Net": ""}, {"Net": "x"}, {"Net": [1]}, {"Net": None}, {"Net": [["x"]]}])
+@pytest.mark.parametrize(
+    "value", [[], "x", {"Net": ""}, {"Net": "x"}, {"Net": [1]}, {"Net": None}, {"Net": [["x"]]}]
+)
 def test_a_forged_list_of_modules(value: object, saved: Path, tmp_path: Path) -> None:
     path = forge(saved, tmp_path / "f", lambda tensors, plan: plan.update(modules=value))
     with pytest.raises(FormatError, match="modules: expected names by kind"):
@@ -122,7 +143,9 @@ def test_it_is_small_and_not_there_for_a_model_that_its_file_builds(saved: Path,
 def test_kinds_are_of_the_class_below_the_view_and_without_what_is_dropped() -> None:
     model = frozen()
     kinds = kinds_of(model, ["block.attn"])
-    assert kinds == {k: [n for n in v if "attn" not in n] for k, v in kinds_of(Net()).items() if k != "Attention"}
+    assert kinds == {
+        k: [n for n in v if "attn" not in n] for k, v in kinds_of(Net()).items() if k != "Attention"
+    }
     assert kinds["Linear"] == ["block.fc1", "block.fc2", "head"] and kinds["Block"] == ["block"]
     assert kind_of(Attention()) == "Attention" and kind_of(Block()) == "Block"
     assert kind_of(nn.MultiheadAttention(8, 2).out_proj) == "Linear"
@@ -141,12 +164,16 @@ def test_an_untied_file_is_not_for_a_model_that_ties(layers: tuple[str, ...], tm
     """Whether the two weights are quantised or dense."""
     model = untied(Net())
     data = recipe("block.fc1")
-    data["rules"] = [{**data["rules"][0], "layers": name.replace(".", r"\."), "block_size": 4} for name in layers]
+    data["rules"] = [
+        {**data["rules"][0], "layers": name.replace(".", r"\."), "block_size": 4} for name in layers
+    ]
     fairseq_qn.apply(model, data)
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
     message = refusal(tmp_path / "m", MismatchError, Net())
-    assert message.startswith("head.weight: expected a weight of its own, as the file has it, found one tied to embed.weight;")
+    assert message.startswith(
+        "head.weight: expected a weight of its own, as the file has it, found one tied to embed.weight;"
+    )
     for mode in MODES:
         loaded = fairseq_qn.load(tmp_path / "m", mode, untied(Net()))
         assert not torch.equal(loaded.head.weight + 0, loaded.embed.weight + 0)

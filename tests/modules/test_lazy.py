@@ -1,4 +1,6 @@
-"""The stand-in for a packed layer's weight: products without the dense weight, and the dense weight for all else."""
+"""The stand-in for a packed layer's weight: products without the dense weight, and the dense weight for all
+else.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from fairseq_qn.kernels import native
 from fairseq_qn.modules.fill import ProductWeight
 from fairseq_qn.modules.lazy import LazyWeight
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled at installation")
+pytestmark = pytest.mark.skipif(
+    native.library() is None, reason="the kernel was not compiled at installation"
+)
 OUT, IN, PAD = 24, 16, 3
 
 
@@ -25,7 +29,9 @@ def table(pad: int | None = None, bias: bool = True) -> tuple[nn.Linear, Tensor]
     """A packed Linear and its dense weight."""
     torch.manual_seed(0)
     layer = nn.Linear(IN, OUT, bias=bias)
-    weight = ProductWeight(torch.randint(0, 50, (OUT, 4), dtype=torch.uint8), torch.randn(50, 4), (OUT, IN), pad)
+    weight = ProductWeight(
+        torch.randint(0, 50, (OUT, 4), dtype=torch.uint8), torch.randn(50, 4), (OUT, IN), pad
+    )
     dense = weight.dense()
     weight.into(layer)
     return layer, dense
@@ -34,7 +40,8 @@ def table(pad: int | None = None, bias: bool = True) -> tuple[nn.Linear, Tensor]
 def attention(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     square, b = weight[:IN], bias[:IN]
     return F.multi_head_attention_forward(
-        x, x, x, IN, 2, None, torch.cat([b, b, b]), None, None, False, 0.0, square, b, use_separate_proj_weight=True,
+        x, x, x, IN, 2, None, torch.cat([b, b, b]), None, None, False, 0.0, square, b,
+        use_separate_proj_weight=True,
         q_proj_weight=square, k_proj_weight=square, v_proj_weight=square, need_weights=False,
     )[0]  # fmt: skip
 
@@ -97,13 +104,24 @@ def test_the_shape_is_known_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, dense = table()
     monkeypatch.delattr("fairseq_qn.modules.packed.decode")
     weight = layer.weight
-    assert weight.shape == dense.shape and weight.t().shape == dense.t().shape and weight.numel() == dense.numel()
-    assert weight.dtype == dense.dtype and weight.device == dense.device and not weight.requires_grad and weight.dim() == 2
+    assert (
+        weight.shape == dense.shape
+        and weight.t().shape == dense.t().shape
+        and weight.numel() == dense.numel()
+    )
+    assert (
+        weight.dtype == dense.dtype
+        and weight.device == dense.device
+        and not weight.requires_grad
+        and weight.dim() == 2
+    )
     assert weight.size(0) == len(weight) == OUT and weight.is_floating_point() and not weight.is_cuda
 
 
 def test_an_answer_does_not_wait_for_torchs_distributed_tensors() -> None:
-    """The first dispatch to a tensor subclass imports them, 0.6 s; so products are caught before unless gradients flow."""
+    """The first dispatch to a tensor subclass imports them, 0.6 s; so products are caught before unless
+    gradients flow.
+    """
     code = """
         import sys, torch
         from test_lazy import OTHERS, PRODUCTS, table
@@ -115,7 +133,10 @@ def test_an_answer_does_not_wait_for_torchs_distributed_tensors() -> None:
         print("torch.distributed.tensor" in sys.modules)
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "False", done.stderr
 

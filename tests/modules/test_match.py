@@ -1,4 +1,6 @@
-"""Which layers a recipe takes: whole names, first rule, `keep` before all, ties, and errors for lines that take nothing."""
+"""Which layers a recipe takes: whole names, first rule, `keep` before all, ties, and errors for lines that
+take nothing.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def taken(*rules: dict[str, Any], keep: tuple[str, ...] = (), strict: bool = Tru
     matches, coverage = match(Model(), recipe, strict=strict)
     assert [m.home.key for m in matches] == list(coverage.matched)
     return {
-        name: next(i for i, r in enumerate(recipe.rules) if r is rule) for name, (rule, _) in coverage.matched.items()
+        name: next(i for i, r in enumerate(recipe.rules) if r is rule)
+        for name, (rule, _) in coverage.matched.items()
     }
 
 
@@ -74,27 +77,37 @@ def test_keep_goes_before_the_rules() -> None:
 
 
 def test_what_is_not_a_layer_stays_dense() -> None:
-    _, coverage = match(Model(), Recipe.load({"version": 1, "rules": [{"layers": ".*", "scheme": "product"}]}))
+    _, coverage = match(
+        Model(), Recipe.load({"version": 1, "rules": [{"layers": ".*", "scheme": "product"}]})
+    )
     assert {name.rsplit(".", 1)[1] for name in coverage.left} == {"weight", "bias"}
-    assert {name for name in coverage.left if name.endswith("weight")} == {f"layers.{i}.norm.weight" for i in range(2)}
+    assert {name for name in coverage.left if name.endswith("weight")} == {
+        f"layers.{i}.norm.weight" for i in range(2)
+    }
 
 
 def test_a_rule_may_ask_for_a_type_or_attributes() -> None:
     assert taken({"layers": ".*", "module": "Conv2d"}).keys() == {"conv.weight"}
-    assert taken({"layers": ".*", "where": {"in_features": 16}}).keys() == {f"layers.{i}.fc2.weight" for i in range(2)}
+    assert taken({"layers": ".*", "where": {"in_features": 16}}).keys() == {
+        f"layers.{i}.fc2.weight" for i in range(2)
+    }
     assert taken({"layers": ".*", "where": {"kernel_size": [3, 3]}}).keys() == {"conv.weight"}
     assert taken({"layers": ".*", "where": {"kernel_size": "(3, 3)"}}).keys() == {"conv.weight"}
-    assert taken({"layers": ".*", "where": {"in_features": 17}, "optional": True}, {"layers": "conv"}).keys() == {
-        "conv.weight"
-    }
+    assert taken(
+        {"layers": ".*", "where": {"in_features": 17}, "optional": True}, {"layers": "conv"}
+    ).keys() == {"conv.weight"}
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 def test_a_rule_on_either_owner_covers_both(name: str) -> None:
     model = Model()
-    matches, coverage = match(model, Recipe.load({"version": 1, "rules": [{"layers": name, "scheme": "product"}]}))
+    matches, coverage = match(
+        model, Recipe.load({"version": 1, "rules": [{"layers": name, "scheme": "product"}]})
+    )
     other = {"embed_tokens": "lm_head", "lm_head": "embed_tokens"}[name]
-    assert list(coverage.matched) == [f"{name}.weight"] and coverage.ties == {f"{name}.weight": (f"{other}.weight",)}
+    assert list(coverage.matched) == [f"{name}.weight"] and coverage.ties == {
+        f"{name}.weight": (f"{other}.weight",)
+    }
     assert {id(owner.module) for owner in matches[0].owners} == {id(model.embed_tokens), id(model.lm_head)}
     assert coverage.n_matched == 160  # once
 
@@ -109,10 +122,15 @@ def test_a_module_under_two_names_goes_by_either() -> None:
     model = Model()
     model.again = model.layers[0]
     for name in ("again.fc1", r"layers\.0\.fc1"):
-        _, coverage = match(model, Recipe.load({"version": 1, "rules": [{"layers": name, "scheme": "product"}]}))
+        _, coverage = match(
+            model, Recipe.load({"version": 1, "rules": [{"layers": name, "scheme": "product"}]})
+        )
         assert list(coverage.matched) == ["layers.0.fc1.weight"]
     owner = next(
-        o for owners in owners_of(model) for o in owners if o.module is model.again.fc1 and o.attribute == "bias"
+        o
+        for owners in owners_of(model)
+        for o in owners
+        if o.module is model.again.fc1 and o.attribute == "bias"
     )
     assert owner.keys == ("layers.0.fc1.bias", "again.fc1.bias")
 
@@ -131,9 +149,17 @@ def test_a_module_under_two_names_goes_by_either() -> None:
             [],
             r"rules\[1\] .*: every layer that it names is taken by `keep`",
         ),
-        ([{"layers": ".*fc1"}, {"layers": ".*fc1"}], [], r"rules\[1\] .*: every layer that it names is taken"),
+        (
+            [{"layers": ".*fc1"}, {"layers": ".*fc1"}],
+            [],
+            r"rules\[1\] .*: every layer that it names is taken",
+        ),
         ([{"layers": ".*fc1"}], [".*fc1"], r"rules\[0\] .*: every layer that it names is taken by `keep`"),
-        ([{"layers": ".*fc1", "where": {"in_features": 3}}], [], r"rules\[0\] .*not of its `module` and `where`"),
+        (
+            [{"layers": ".*fc1", "where": {"in_features": 3}}],
+            [],
+            r"rules\[0\] .*not of its `module` and `where`",
+        ),
         ([{"layers": ".*fc1"}], ["embed"], r"keep 'embed': no module with weights has such a name"),
         (
             [{"layers": ".*fc1"}],
@@ -156,7 +182,11 @@ def test_lines_that_take_nothing(rules: list[dict[str, Any]], keep: list[str], w
 
 def test_coverage_adds_up() -> None:
     model = Model()
-    recipe = {"version": 1, "rules": [{"layers": r".*fc[12]", "scheme": "product"}], "keep": ["embed_positions"]}
+    recipe = {
+        "version": 1,
+        "rules": [{"layers": r".*fc[12]", "scheme": "product"}],
+        "keep": ["embed_positions"],
+    }
     _, coverage = match(model, Recipe.load(recipe))
     total = sum(p.numel() for p in model.parameters())
     assert coverage.n_matched + sum(coverage.kept.values()) + sum(coverage.left.values()) == total

@@ -1,4 +1,6 @@
-"""Adam's moments after a freeze: those of the codewords, as an Adam whose Parameters are the codebooks would hold them."""
+"""Adam's moments after a freeze: those of the codewords, as an Adam whose Parameters are the codebooks would
+hold them.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,23 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def clusters(codes: Tensor, block_size: int, shape: torch.Size, pad: int | None) -> dict[int, list[list[tuple]]]:
+def clusters(
+    codes: Tensor, block_size: int, shape: torch.Size, pad: int | None
+) -> dict[int, list[list[tuple]]]:
     """code -> its blocks, each the indices of its elements, by a loop; the pad row left out."""
     found: dict[int, list[list[tuple]]] = {}
-    for code, block in zip(codes.flatten().tolist(), blocks_by_hand(torch.empty(shape), block_size), strict=True):
+    for code, block in zip(
+        codes.flatten().tolist(), blocks_by_hand(torch.empty(shape), block_size), strict=True
+    ):
         if block[0][0] != pad:
             found.setdefault(code, []).append(block)
     return found
 
 
 def mean_block(values: Tensor, blocks: list[list[tuple]]) -> Tensor:
-    return torch.stack([torch.stack([values[index] for index in block]) for block in blocks]).double().mean(0)
+    return (
+        torch.stack([torch.stack([values[index] for index in block]) for block in blocks]).double().mean(0)
+    )
 
 
 @given(weights_and_block_sizes(DTYPES), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 99))
@@ -72,7 +80,9 @@ def test_projected_is_the_mean_of_the_cluster_over_its_size(
 
 
 class Table(nn.Module):
-    """An embedding with a pad row and a layer that share nothing; `backward(gradients)` gives what they read those."""
+    """An embedding with a pad row and a layer that share nothing; `backward(gradients)` gives what they read
+    those.
+    """
 
     def __init__(self, k: int = 4) -> None:
         super().__init__()
@@ -108,7 +118,9 @@ def codebooks(view: WeightView) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("name", ADAMS)
 def test_as_an_adam_whose_parameters_are_the_codebooks(name: str) -> None:
-    """The reference holds each codeword as a Parameter; its moments are means by a loop; its gradients those of blocks."""
+    """The reference holds each codeword as a Parameter; its moments are means by a loop; its gradients those
+    of blocks.
+    """
     model, optimizer = trained(ADAMS[name])
     before = copy.deepcopy(optimizer.state_dict()["state"])
     fairseq_qn.freeze(model, optimizer=optimizer)
@@ -155,7 +167,8 @@ def test_moments_of_the_pad_row_stay() -> None:
 
 
 def first_step(after: str) -> float:
-    """Mean absolute first step of the codewords of a 256 x 64 weight, 64 blocks each, with what was chosen for the moments.
+    """Mean absolute first step of the codewords of a 256 x 64 weight, 64 blocks each, with what was chosen
+    for the moments.
 
     In expectation 1, in learning rates, for a gradient that Adam has not seen before, without momentum.
     """
@@ -181,7 +194,9 @@ def first_step(after: str) -> float:
 
 
 def test_the_first_step_is_neither_held_back_nor_wild() -> None:
-    """E|N(0, 1)| = 0.80 of a learning rate; kept: 1 / sqrt(256) of it; fresh: all of one, whatever the gradient."""
+    """E|N(0, 1)| = 0.80 of a learning rate; kept: 1 / sqrt(256) of it; fresh: all of one, whatever the
+    gradient.
+    """
     kept, proj, fresh = (first_step(after) for after in ("kept", "projected", "fresh"))
     assert 12 < proj / kept < 20, "256 blocks a codeword"
     assert 0.6 < proj < 1.0 and fresh == pytest.approx(1, abs=0.02)

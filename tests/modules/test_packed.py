@@ -35,7 +35,8 @@ MODULES = {
     "custom": lambda: Custom(12, 10),
 }
 KINDS = {
-    "linear": (PQLinear, IntLinear), "embedding": (PQEmbedding, IntEmbedding), "padded": (PQEmbedding, IntEmbedding),
+    "linear": (PQLinear, IntLinear), "embedding": (PQEmbedding, IntEmbedding),
+    "padded": (PQEmbedding, IntEmbedding),
     "clipped": (PQEmbedding, IntEmbedding), "conv": (PQConv2d, IntConv2d), "conv1x1": (PQConv2d, IntConv2d),
     "grouped": (PQConv2d, IntConv2d),
 }  # fmt: skip
@@ -67,7 +68,9 @@ def packed_and_dense(name: str, scheme: str, k: int = 7) -> tuple[nn.Module, nn.
 def inputs(module: nn.Module) -> Tensor:
     if isinstance(module, nn.Embedding):
         return torch.tensor([[3, 0, 9], [3, 3, 1]])
-    return torch.randn(2, module.in_channels, 9, 9) if isinstance(module, nn.Conv2d) else torch.randn(2, 5, 12)
+    return (
+        torch.randn(2, module.in_channels, 9, 9) if isinstance(module, nn.Conv2d) else torch.randn(2, 5, 12)
+    )
 
 
 @pytest.mark.parametrize("scheme", ["product", "integer"])
@@ -77,9 +80,13 @@ def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
     x = inputs(dense)
     assert torch.equal(packed.weight, dense.weight)
     torch.testing.assert_close(packed(x), dense(x), rtol=0, atol=0 if name not in PRODUCTS else 1e-6)
-    assert "weight" not in packed._parameters and not any(key.endswith("weight") for key in packed.state_dict())
+    assert "weight" not in packed._parameters and not any(
+        key.endswith("weight") for key in packed.state_dict()
+    )
     base = type(dense)
-    assert isinstance(packed, base) and (name == "custom" or type(packed) is KINDS[name][scheme == "integer"])
+    assert isinstance(packed, base) and (
+        name == "custom" or type(packed) is KINDS[name][scheme == "integer"]
+    )
     if name == "padded" and scheme == "product":
         assert not packed(torch.tensor(3)).any() and not packed.weight[3].any()
 
@@ -87,7 +94,9 @@ def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("k", [2, 256, 257, 40_000])
 def test_an_embedding_with_codes_of_every_width(k: int) -> None:
     table = hostile("normal", (7000, 6), 0)
-    codes = torch.randint(0, k, (7000, 2), generator=torch.Generator().manual_seed(0)).to(product.codes_dtype(k))
+    codes = torch.randint(0, k, (7000, 2), generator=torch.Generator().manual_seed(0)).to(
+        product.codes_dtype(k)
+    )
     weight = ProductWeight(codes, hostile("normal", (k, 3), 1), (7000, 6), 5)
     packed = nn.Embedding(7000, 6, padding_idx=5, _weight=table)
     weight.into(packed)
@@ -145,7 +154,9 @@ def test_only_what_is_asked_for_is_decoded(scheme: str, monkeypatch: pytest.Monk
     def refuse(*_: Any) -> None:
         raise AssertionError("the whole table was decoded")
 
-    monkeypatch.setattr(f"fairseq_qn.modules.packed.{'decode' if scheme == 'product' else 'dequantize'}", refuse)
+    monkeypatch.setattr(
+        f"fairseq_qn.modules.packed.{'decode' if scheme == 'product' else 'dequantize'}", refuse
+    )
     packed(torch.tensor([1, 2]))
     with pytest.raises(AssertionError):
         packed.weight + 0

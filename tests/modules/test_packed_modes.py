@@ -1,4 +1,6 @@
-"""Compressed modules where torch does more than compute: gradients, autocast, recording and transforms, at real widths."""
+"""Compressed modules where torch does more than compute: gradients, autocast, recording and transforms, at
+real widths.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
     """The value of a function of tensors, and the gradients of a scalar of it that every element moves."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     y = function(*leaves)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(y.dtype)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(
+        y.dtype
+    )
     found = torch.autograd.grad((y * weights).sum(), leaves)
     return [y.detach(), *found]
 
@@ -106,12 +110,15 @@ def test_gradients_are_those_of_the_dense_module(name: str, scheme: str) -> None
 @pytest.mark.parametrize(("rows", "columns"), [(3072, 768), (768, 3072)])
 @pytest.mark.parametrize("n", [1, 200, 256, 257])
 def test_gradients_at_the_widths_of_a_roberta_base(n: int, rows: int, columns: int, scheme: str) -> None:
-    """More than 2^20 weights, which integers are decoded of some at a time, up to and above 256 rows of input."""
+    """More than 2^20 weights, which integers are decoded of some at a time, up to and above 256 rows of
+    input.
+    """
     layer, dense = wide(rows, columns, scheme, pad=PAD)
     x = torch.randn(n, columns)
     found = gradients(lambda x, bias: F.linear(x, layer.weight, bias), x, layer.bias)
     assert_all_close(found, gradients(lambda x, bias: F.linear(x, dense, bias), x, layer.bias))
-    bias_alone = layer(x)  # as in a model that is not told no_grad: the input needs no gradient, the bias does
+    # as in a model that is not told no_grad: the input needs no gradient, the bias does
+    bias_alone = layer(x)
     assert bias_alone.requires_grad and torch.equal(bias_alone.detach(), found[0])
 
 
@@ -153,7 +160,9 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("form", FORMS)
 def test_products_in_every_form(form: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same value and gradients, though other layers were computed between the product and its gradient."""
+    """The same value and gradients, though other layers were computed between the product and its
+    gradient.
+    """
     monkeypatch.setattr("fairseq_qn.modules.packed.CHUNK", 64 * 33)
     layer, dense = wide(80, 64, scheme)
     other, _ = wide(96, 64, scheme)
@@ -214,7 +223,9 @@ def test_autocast(name: str, scheme: str, dtype: torch.dtype) -> None:
     for module in (packed, dense):
         with torch.autocast("cpu", dtype):
             y = module(x)
-        wanted = [p for key, p in module.named_parameters() if key.endswith("bias")] + [x] * x.is_floating_point()
+        wanted = [p for key, p in module.named_parameters() if key.endswith("bias")] + [
+            x
+        ] * x.is_floating_point()
         results.append([y, *(torch.autograd.grad(y.float().pow(2).sum(), wanted) if wanted else ())])
         with torch.autocast("cpu", dtype), torch.no_grad():
             results[-1].append(module(x))
@@ -255,7 +266,8 @@ def test_ids_out_of_range_are_torchs_own_error(ids: list[int], name: str, scheme
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "init": nn.init.normal_, "mul_": lambda w: w.mul_(2), "setitem": lambda w: w.__setitem__(0, 1.0),
-    "requires_grad_": lambda w: w.requires_grad_(), "requires_grad": lambda w: setattr(w, "requires_grad", True),
+    "requires_grad_": lambda w: w.requires_grad_(),
+    "requires_grad": lambda w: setattr(w, "requires_grad", True),
     "data": lambda w: setattr(w, "data", torch.zeros(80, 64)), "iadd": lambda w: w.__iadd__(1),
 }  # fmt: skip
 
@@ -265,7 +277,10 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 def test_a_packed_weight_is_read_only(write: str, scheme: str) -> None:
     layer, _ = wide(80, 64, scheme)
     assert type(layer.weight) is LazyWeight
-    with torch.no_grad(), pytest.raises(UnsupportedError, match=r'read-only; load the file with mode="dense"'):
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match=r'read-only; load the file with mode="dense"'),
+    ):
         WRITES[write](layer.weight)
 
 

@@ -1,4 +1,6 @@
-"""Compressed modules under what records or transforms a computation: it has to hold the weight, not a kernel's pointer."""
+"""Compressed modules under what records or transforms a computation: it has to hold the weight, not a
+kernel's pointer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A pass that activation checkpointing computes again in backward draws the noise that it drew, whichever pass it is."""
+"""A pass that activation checkpointing computes again in backward draws the noise that it drew, whichever
+pass it is.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fairseq_qn
 from fairseq_qn.errors import ViewError
 
-FC = {"version": 1, "noise": {"kind": "proxy", "p": 0.5}, "rules": [{"layers": ".*", "scheme": "product", "block_size": 2}]}
+FC = {
+    "version": 1,
+    "noise": {"kind": "proxy", "p": 0.5},
+    "rules": [{"layers": ".*", "scheme": "product", "block_size": 2}],
+}
 
 
 class Stack(nn.Module):
@@ -24,7 +30,12 @@ class Stack(nn.Module):
     def __init__(self, call: Callable[..., Tensor]) -> None:
         torch.manual_seed(0)
         super().__init__()
-        self.norm, self.a, self.b, self.head = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+        self.norm, self.a, self.b, self.head = (
+            nn.LayerNorm(8),
+            nn.Linear(8, 16),
+            nn.Linear(16, 8),
+            nn.Linear(8, 8),
+        )
         self.body = nn.Sequential(self.a, nn.GELU(), self.b)
         self.call = call
 
@@ -52,7 +63,9 @@ ORDERS: dict[str, Callable[[Tensor, Tensor], None]] = {
 }
 
 
-def stack_gradients(call: Callable[..., Tensor], order: str, passes: int = 2, forward: bool = False) -> list[Tensor]:
+def stack_gradients(
+    call: Callable[..., Tensor], order: str, passes: int = 2, forward: bool = False
+) -> list[Tensor]:
     model = Stack(call).train()
     fairseq_qn.apply(model, FC)
     x = torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_()  # the same for both
@@ -65,7 +78,9 @@ def stack_gradients(call: Callable[..., Tensor], order: str, passes: int = 2, fo
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_two_passes_before_backward_are_computed_again_as_they_were(reentrant: bool, way: str, order: str) -> None:
+def test_two_passes_before_backward_are_computed_again_as_they_were(
+    reentrant: bool, way: str, order: str
+) -> None:
     plain = stack_gradients(lambda m, x: WAYS[way](m)(x), order)
     again = stack_gradients(lambda m, x: checkpoint(WAYS[way](m), x, use_reentrant=reentrant), order)
     for a, b in zip(plain, again, strict=True):
@@ -110,7 +125,9 @@ def test_a_pass_that_cannot_be_told_raises() -> None:
     model.head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
     x = torch.ones(3, 8, requires_grad=True)
     model(x), model(x)
-    with pytest.raises(ViewError, match="^a weight is computed again in backward, and of which pass cannot be told"):
+    with pytest.raises(
+        ViewError, match="^a weight is computed again in backward, and of which pass cannot be told"
+    ):
         kept[0].sum().backward()
     fairseq_qn.set_update(model, 0)
     model(x)
@@ -124,4 +141,6 @@ def test_nothing_grows_with_the_passes() -> None:
     for _ in range(30):
         model(x).sum().backward()
     gc.collect()
-    assert not model._qn_clock._tasks and len(model._qn_clock._called) < 12 and model._qn_clock.values is None
+    assert (
+        not model._qn_clock._tasks and len(model._qn_clock._called) < 12 and model._qn_clock.values is None
+    )

@@ -1,4 +1,6 @@
-"""Writes through `.weight` of a view: where it shows the Parameter itself they work, elsewhere they are refused by name."""
+"""Writes through `.weight` of a view: where it shows the Parameter itself they work, elsewhere they are
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,8 @@ def augmented(layer: nn.Linear) -> None:
 WRITES: dict[str, Callable[[nn.Linear], object]] = {
     **{
         name: lambda layer, name=name: getattr(nn.init, f"{name}_")(layer.weight)
-        for name in ("normal", "uniform", "trunc_normal", "xavier_normal", "xavier_uniform", "kaiming_normal",
-                     "kaiming_uniform", "zeros", "ones", "orthogonal")
+        for name in """normal uniform trunc_normal xavier_normal xavier_uniform kaiming_normal
+            kaiming_uniform zeros ones orthogonal""".split()
     },
     "constant": lambda layer: nn.init.constant_(layer.weight, 1),
     "sparse": lambda layer: nn.init.sparse_(layer.weight, 0.5),
@@ -87,14 +89,18 @@ WRITES: dict[str, Callable[[nn.Linear], object]] = {
 def test_a_write_that_no_parameter_would_see_is_refused(write: str, phase: str) -> None:
     model = in_phase(phase)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ViewError, match=r"^block.fc1.weight: .* writes to what a view gave to read.*get_parameter") as error:
+    with pytest.raises(
+        ViewError, match=r"^block.fc1.weight: .* writes to what a view gave to read.*get_parameter"
+    ) as error:
         WRITES[write](model.block.fc1)
     assert len(str(error.value)) <= 300
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     F.linear(torch.ones(1, 8), model.block.fc1.weight).sum().backward()  # what is read computes as ever
 
 
-@pytest.mark.parametrize("write", [name for name in WRITES if name not in ("with grad", "item", "orthogonal")])
+@pytest.mark.parametrize(
+    "write", [name for name in WRITES if name not in ("with grad", "item", "orthogonal")]
+)
 def test_a_write_to_the_parameter_itself_is_one(write: str) -> None:
     model = noisy().eval()
     before = model.block.fc1.get_parameter("weight").detach().clone()
@@ -106,9 +112,12 @@ def test_a_write_to_the_parameter_itself_is_one(write: str) -> None:
 def test_what_the_error_says_to_do_works(phase: str) -> None:
     model = in_phase(phase)
     for stored in (model.get_parameter("block.fc1.weight"), model.block.get_parameter("fc1.weight"),
-                   model.block.fc1.get_parameter("weight"), copy.deepcopy(model).get_parameter("block.fc1.weight"),
+                   model.block.fc1.get_parameter("weight"),
+                   copy.deepcopy(model).get_parameter("block.fc1.weight"),
                    pickle.loads(pickle.dumps(model)).get_parameter("block.fc1.weight")):  # fmt: skip
-        assert isinstance(stored, nn.Parameter) and torch.equal(stored, model.block.fc1._parameters["weight"])
+        assert isinstance(stored, nn.Parameter) and torch.equal(
+            stored, model.block.fc1._parameters["weight"]
+        )
     assert model.get_parameter("block.fc1.weight") is model.block.fc1._parameters["weight"]
     assert model.get_parameter("block.norm.weight") is model.block.norm.weight
     nn.init.zeros_(model.get_parameter("block.fc1.weight"))
@@ -121,8 +130,17 @@ def test_what_the_error_says_to_do_works(phase: str) -> None:
 def test_what_is_computed_from_a_weight_is_an_ordinary_tensor() -> None:
     model = in_phase("proxy")
     weight = model.block.fc1.weight
-    for value in (weight * 2, weight.clone(), weight + 0, weight[torch.tensor([1, 2])], weight.detach().clone(), weight.sum(0),
-                  F.linear(torch.ones(1, 8), weight), weight.to(torch.float64), torch.cat([weight, weight])):  # fmt: skip
+    for value in (
+        weight * 2,
+        weight.clone(),
+        weight + 0,
+        weight[torch.tensor([1, 2])],
+        weight.detach().clone(),
+        weight.sum(0),
+        F.linear(torch.ones(1, 8), weight),
+        weight.to(torch.float64),
+        torch.cat([weight, weight]),
+    ):
         assert type(value) is Tensor
     scaled = weight[torch.tensor([0, 3])]
     scaled *= 2  # a copy
@@ -159,7 +177,9 @@ def test_max_norm_clips_what_is_read() -> None:
     rule = {"layers": "0", "scheme": "product", "block_size": 2}
     fairseq_qn.apply(model, {"version": 1, "noise": {"kind": "proxy", "p": 0.5}, "rules": [rule]})
     before = model.get_parameter("0.weight").clone()
-    assert float(model(torch.arange(8)).norm(dim=1).max()) <= 0.1001 and torch.equal(model.get_parameter("0.weight"), before)
+    assert float(model(torch.arange(8)).norm(dim=1).max()) <= 0.1001 and torch.equal(
+        model.get_parameter("0.weight"), before
+    )
 
 
 def test_training_is_not_disturbed() -> None:

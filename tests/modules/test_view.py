@@ -1,4 +1,6 @@
-"""The weight view while a model trains: what each reader sees, what the gradient is, and what a view refuses."""
+"""The weight view while a model trains: what each reader sees, what the gradient is, and what a view
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def test_proxy_drops_whole_blocks_at_the_right_rate() -> None:
     assert torch.equal(dropped.all(1), dropped.any(1))
     assert abs(int(dropped.all(1).sum()) - 480) < 5 * (1600 * 0.21) ** 0.5
     kept = ~dropped.all(1)
-    assert torch.equal(model[0].weight.reshape(-1, 8)[kept], model[0]._parameters["weight"].reshape(-1, 8)[kept])
+    assert torch.equal(
+        model[0].weight.reshape(-1, 8)[kept], model[0]._parameters["weight"].reshape(-1, 8)[kept]
+    )
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0])
@@ -96,7 +100,8 @@ def test_exact_noise_puts_cluster_means_on_blocks(p: float) -> None:
         means = view.quantized(view.weight.detach()).reshape(-1, d)
         either = (seen == stored).all(1) | (seen == means).all(1)
         assert either.all() and (p < 1 or torch.equal(seen, means)), view.name
-        assert not torch.equal(seen, stored) or view.weight.numel() < 20  # the mask may spare a small layer's clusters
+        # the mask may spare a small layer's clusters
+        assert not torch.equal(seen, stored) or view.weight.numel() < 20
 
 
 def test_integer_noise_is_on_single_weights() -> None:
@@ -137,7 +142,9 @@ def test_nobody_sees_noise_before_training_began_or_at_p_0() -> None:
 # -- what a view refuses
 
 
-def test_an_attribute_error_inside_a_view_does_not_hand_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attribute_error_inside_a_view_does_not_hand_out_the_raw_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = noisy()
     view = next(iter(views_of(model)))
     monkeypatch.setattr(view, "clock", None)

@@ -1,4 +1,6 @@
-"""Which mask a view draws and when: by update, micro-batch, rank and layer, and the same when a block is computed again."""
+"""Which mask a view draws and when: by update, micro-batch, rank and layer, and the same when a block is
+computed again.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ def test_exact_noise_needs_codes_first() -> None:
     model = Net().train()
     fairseq_qn.apply(model, recipe(kind="exact", p=0.5))
     with pytest.raises(
-        ViewError, match=r"^embed.weight: exact noise before its codebook was learned; call fairseq_qn.refresh"
+        ViewError,
+        match=r"^embed.weight: exact noise before its codebook was learned; call fairseq_qn.refresh",
     ):
         model(IDS)
     model.eval()(IDS)
@@ -143,7 +146,9 @@ def test_codes_are_refreshed_every_n_updates() -> None:
             fairseq_qn.set_update(model, update, micro)
             learned.append(model.embed.codes.clone())
             with torch.no_grad():
-                model.embed._parameters["weight"].normal_(generator=torch.Generator().manual_seed(2 * update + micro))
+                model.embed._parameters["weight"].normal_(
+                    generator=torch.Generator().manual_seed(2 * update + micro)
+                )
     changed = [i for i in range(1, len(learned)) if not torch.equal(learned[i], learned[i - 1])]
     assert changed == [6, 12]  # the first micro-batch of updates 3 and 6
 

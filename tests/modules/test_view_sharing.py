@@ -1,4 +1,6 @@
-"""A Parameter with several owners is read once in a forward pass: one value, one gradient, and nothing kept afterwards."""
+"""A Parameter with several owners is read once in a forward pass: one value, one gradient, and nothing kept
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,15 @@ def seen(model: Net, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_owners_see_one_tensor_in_a_pass_and_another_in_the_next(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owners_see_one_tensor_in_a_pass_and_another_in_the_next(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = in_phase(phase)
     fairseq_qn.set_update(model, 3)
     (a, b), (c, d) = seen(model, monkeypatch), seen(model, monkeypatch)
     assert a is b and c is d and a is not c and torch.equal(a, c)
-    assert model.embed.weight is not model.embed.weight  # outside a pass nobody knows how long a value is good for
+    # outside a pass nobody knows how long a value is good for
+    assert model.embed.weight is not model.embed.weight
     with torch.no_grad():
         (a, b) = seen(model, monkeypatch)
     assert a is not b and torch.equal(a, b)  # and nothing is kept where autograd would not keep it either
@@ -74,7 +79,9 @@ def test_the_gradient_is_that_of_reads_of_their_own(phase: str) -> None:
 def test_a_frozen_gradient_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     backward = Read.backward
-    monkeypatch.setattr(Read, "backward", staticmethod(lambda ctx, g: calls.append(g.shape) or backward(ctx, g)))
+    monkeypatch.setattr(
+        Read, "backward", staticmethod(lambda ctx, g: calls.append(g.shape) or backward(ctx, g))
+    )
     model = in_phase("frozen")
     loss(model).backward()
     assert calls.count(model.embed._parameters["weight"].shape) == 1

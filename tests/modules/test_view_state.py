@@ -1,4 +1,6 @@
-"""What a view leaves alone: names, Parameters, state dicts in every phase, copies, conversions; and apply when it fails."""
+"""What a view leaves alone: names, Parameters, state dicts in every phase, copies, conversions; and apply
+when it fails.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_apply_touches_no_parameter_and_adds_three_buffers_a_layer() -> None:
     model = Net()
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     fairseq_qn.apply(model, recipe())
-    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert {name: id(p) for name, p in model.named_parameters()} == {
+        name: id(p) for name, p in parameters.items()
+    }
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
     added = set(model.state_dict()) - set(keys)
     assert added == {f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "codes", "digest")}
@@ -57,11 +61,15 @@ def test_apply_touches_no_parameter_and_adds_three_buffers_a_layer() -> None:
     assert isinstance(model.embed, nn.Embedding) and isinstance(model.block.fc1, nn.Linear)
     integers = Net()
     fairseq_qn.apply(integers, recipe(scheme="integer"))
-    assert set(integers.state_dict()) - set(keys) == {f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "digest")}
+    assert set(integers.state_dict()) - set(keys) == {
+        f"{name}.{buffer}" for name in LAYERS for buffer in ("phase", "digest")
+    }
 
 
 def test_keys_shapes_and_dtypes_of_the_state_dict_are_the_same_in_every_phase() -> None:
-    first, *others = [{n: (t.shape, t.dtype) for n, t in in_phase(phase).state_dict().items()} for phase in PHASES]
+    first, *others = [
+        {n: (t.shape, t.dtype) for n, t in in_phase(phase).state_dict().items()} for phase in PHASES
+    ]
     assert all(first == other for other in others)
 
 
@@ -118,7 +126,9 @@ def test_a_copy_has_a_clock_of_its_own() -> None:
     model(IDS)
     assert torch.equal(twin.block.fc1.weight, weight)
     twin(IDS)
-    assert torch.equal(twin.block.fc1.weight, model.block.fc1.weight) and not torch.equal(twin.block.fc1.weight, weight)
+    assert torch.equal(twin.block.fc1.weight, model.block.fc1.weight) and not torch.equal(
+        twin.block.fc1.weight, weight
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -137,7 +147,10 @@ def test_conversions(phase: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(weight.float(), plain[name], rtol=1e-2, atol=1e-2)
     if dtype == torch.float64:
         assert (
-            codebook_of(model.embed._parameters["weight"], next(views_of(in_phase("frozen"))).groups, 4).dtype == dtype
+            codebook_of(
+                model.embed._parameters["weight"], next(views_of(in_phase("frozen"))).groups, 4
+            ).dtype
+            == dtype
         )
     scores, gradients = run(model)
     assert scores.dtype == dtype and all(g.dtype == dtype for g in gradients)
@@ -168,21 +181,29 @@ class Occupied(nn.Linear):
 
 def rules(*entries: dict[str, Any]) -> dict[str, Any]:
     product = {"scheme": "product", "block_size": 4}
-    return {"version": 1, "rules": [entry if "scheme" in entry else {**product, **entry} for entry in entries]}
+    return {
+        "version": 1,
+        "rules": [entry if "scheme" in entry else {**product, **entry} for entry in entries],
+    }
 
 
 @pytest.mark.parametrize(
     ("data", "error"),
     [
         (rules({"layers": "[01]"}, {"layers": "2", "block_size": 3}), BlockSizeError),
-        (rules({"layers": "[01]"}, {"layers": "2", "scheme": "integer", "granularity": "group", "group_size": 3}),
-         BlockSizeError),
+        (
+            rules(
+                {"layers": "[01]"},
+                {"layers": "2", "scheme": "integer", "granularity": "group", "group_size": 3},
+            ),
+            BlockSizeError,
+        ),
         (rules({"layers": "[01]"}, {"layers": "nothing"}), NoLayerMatched),
         (rules({"layers": "[0-3]"}), UnsupportedError),
         (rules({"layers": "["}), RecipeError),
         ({"version": 3}, RecipeError),
     ],
-)  # fmt: skip
+)
 def test_apply_that_fails_leaves_the_model_as_it_was(data: dict[str, Any], error: type[QNError]) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(9, 4), nn.Linear(4, 8), Occupied())
     keys, kinds, attributes = list(model.state_dict()), [type(m) for m in model.modules()], set(vars(model))
@@ -205,7 +226,9 @@ def test_apply_again_covers_what_was_added_and_leaves_the_rest() -> None:
     assert [view.phase == FROZEN for view in views_of(model)] == [True, False]
     assert torch.equal(model[0].codes, codes)
     assert len({id(view.clock) for view in views_of(model)}) == 1
-    with pytest.raises(UnsupportedError, match="^apply: the model, a part of it .* carries the views of another recipe"):
+    with pytest.raises(
+        UnsupportedError, match="^apply: the model, a part of it .* carries the views of another recipe"
+    ):
         fairseq_qn.apply(model, rules({"layers": "0"}))
 
 
@@ -216,11 +239,16 @@ def nested() -> nn.Module:
 @pytest.mark.parametrize("first", ["part", "whole", "whole, which leaves the part alone"])
 def test_apply_to_a_part_and_its_whole_with_other_recipes(first: str) -> None:
     model = nested()
-    one, other = rules({"layers": "2" if "alone" in first else ".*"}), rules({"layers": ".*", "block_size": 2})
+    one, other = (
+        rules({"layers": "2" if "alone" in first else ".*"}),
+        rules({"layers": ".*", "block_size": 2}),
+    )
     targets = [model[0], model] if first == "part" else [model, model[0]]
     fairseq_qn.apply(targets[0], one)
     keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
-    with pytest.raises(UnsupportedError, match="^apply: .* carries the views of another recipe; build it anew"):
+    with pytest.raises(
+        UnsupportedError, match="^apply: .* carries the views of another recipe; build it anew"
+    ):
         fairseq_qn.apply(targets[1], other)
     assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == kinds
 
@@ -270,7 +298,11 @@ def test_an_owner_that_came_later_reads_the_view_that_is_there(name: str) -> Non
     model._modules = {name: head, **model._modules} if name < "embed" else {**model._modules, name: head}
     fairseq_qn.apply(model, rules({"layers": ".*"}))
     assert torch.equal(head.weight, seen) and torch.equal(model.embed.weight, seen)
-    assert len(list(views_of(model))) == 1 and torch.equal(model.embed.codes, codes) and not hasattr(head, "codes")
+    assert (
+        len(list(views_of(model))) == 1
+        and torch.equal(model.embed.codes, codes)
+        and not hasattr(head, "codes")
+    )
 
 
 def test_a_module_under_two_names_has_one_view() -> None:
@@ -286,5 +318,7 @@ def test_a_plain_checkpoint_loads_with_strict_off() -> None:
     with pytest.raises(RuntimeError, match="embed.phase"):
         model.load_state_dict(Net().state_dict())
     missing = model.load_state_dict(Net(3).state_dict(), strict=False)
-    assert not missing.unexpected_keys and all(key.endswith(("phase", "codes", "digest")) for key in missing.missing_keys)
+    assert not missing.unexpected_keys and all(
+        key.endswith(("phase", "codes", "digest")) for key in missing.missing_keys
+    )
     assert torch.equal(model.eval()(IDS), Net(3).eval()(IDS))

@@ -1,4 +1,6 @@
-"""Views and the rest of torch: what works beside them (torch.func, sparse gradients, fp64), and what is refused by name."""
+"""Views and the rest of torch: what works beside them (torch.func, sparse gradients, fp64), and what is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def test_derivatives_of_the_weight_forward_and_reverse(phase: str) -> None:
         dual = of(forward_ad.make_dual(fixed[name], tangent))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, found)
     hessian = jacfwd(jacrev(lambda w: of(w).pow(2).sum()))(fixed[name])
-    torch.testing.assert_close(hessian.flatten(2).flatten(0, 1), hessian.flatten(2).flatten(0, 1).T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        hessian.flatten(2).flatten(0, 1), hessian.flatten(2).flatten(0, 1).T, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_an_ensemble_of_weights() -> None:
@@ -95,7 +99,9 @@ def test_an_ensemble_of_weights() -> None:
         for parameter in models[1].parameters():
             parameter.mul_(1.5)
     weights, _ = stack_module_state(models)
-    stacked = {name: weight for name, weight in weights.items() if name in dict(models[0].named_parameters())}
+    stacked = {
+        name: weight for name, weight in weights.items() if name in dict(models[0].named_parameters())
+    }
     found = vmap(lambda w: scores(models[0], w))(stacked)
     for model, answer in zip(models, found, strict=True):
         torch.testing.assert_close(answer, model(IDS))
@@ -120,8 +126,14 @@ def test_sparse_embeddings_have_the_gradients_of_dense_ones(scheme: str, phase: 
     for sparse in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(30, 8, sparse=sparse, padding_idx=3)).train()
-        rule = {"layers": "0", "scheme": scheme, **({"n_centroids": 5} if scheme == "product" else {"bits": 4})}
-        fairseq_qn.apply(model, {"version": 1, "noise": {"kind": "proxy", "p": 0.5}, "rules": [rule]}, seed=0)
+        rule = {
+            "layers": "0",
+            "scheme": scheme,
+            **({"n_centroids": 5} if scheme == "product" else {"bits": 4}),
+        }
+        fairseq_qn.apply(
+            model, {"version": 1, "noise": {"kind": "proxy", "p": 0.5}, "rules": [rule]}, seed=0
+        )
         if phase == "frozen":
             fairseq_qn.freeze(model)
         parameter = model.get_parameter("0.weight")
@@ -181,7 +193,9 @@ def test_reparametrisations_are_refused_and_leave_the_model_as_it_was(how: str, 
     model = viewed(phase)
     before, x = copy.deepcopy(model.state_dict()), torch.ones(1, 8)
     identities, answer = [id(p) for p in model.parameters()], model.eval()(x)
-    with pytest.raises(UnsupportedError, match=r"^0.weight: weight_norm, spectral_norm, parametrize and prune") as error:
+    with pytest.raises(
+        UnsupportedError, match=r"^0.weight: weight_norm, spectral_norm, parametrize and prune"
+    ) as error:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             REPARAMETRISED[how](model.train()[0])
@@ -202,14 +216,18 @@ def test_a_reparametrised_weight_before_apply_is_not_a_layer() -> None:
 def test_data_parallel_is_refused() -> None:
     """Replicas are made on several GPUs only; this is how."""
     model = viewed()
-    with pytest.raises(UnsupportedError, match="^Linear: the replicas of nn.DataParallel .* DistributedDataParallel"):
+    with pytest.raises(
+        UnsupportedError, match="^Linear: the replicas of nn.DataParallel .* DistributedDataParallel"
+    ):
         model[0]._replicate_for_data_parallel()
     assert nn.DataParallel(model)(torch.ones(1, 8)).shape == (1, 8)  # without a GPU it only calls the model
 
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -222,7 +240,9 @@ def test_fsdp2_is_refused_after_apply_and_before(alone: None) -> None:
         fully_shard(viewed()[0], mesh=mesh)
     plain = nn.Sequential(nn.Linear(8, 8))
     fully_shard(plain, mesh=mesh)
-    with pytest.raises(UnsupportedError, match="^0.weight: a view reads whole, dense weights, found DTensor"):
+    with pytest.raises(
+        UnsupportedError, match="^0.weight: a view reads whole, dense weights, found DTensor"
+    ):
         fairseq_qn.apply(plain, {"version": 1, "rules": [{"layers": "0", "scheme": "product"}]})
 
 
@@ -231,9 +251,13 @@ def test_torchscript_is_refused(phase: str) -> None:
     model = viewed(phase)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(UnsupportedError, match="^0.weight: torch.jit cannot trace a view; save the model"):
+        with pytest.raises(
+            UnsupportedError, match="^0.weight: torch.jit cannot trace a view; save the model"
+        ):
             torch.jit.trace(model, torch.ones(1, 8))
-        with pytest.raises(UnsupportedError, match="^Linear: torch.jit cannot script a view; save the model"):
+        with pytest.raises(
+            UnsupportedError, match="^Linear: torch.jit cannot script a view; save the model"
+        ):
             torch.jit.script(model)
 
 
@@ -243,9 +267,15 @@ def inference() -> nn.Module:
 
 
 MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "meta": (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "on the meta device; give the model memory"),
+    "meta": (
+        lambda: nn.Sequential(nn.Linear(8, 8, device="meta")),
+        "on the meta device; give the model memory",
+    ),
     "inference": (inference, "made under torch.inference_mode, which no gradient reaches"),
-    "complex": (lambda: nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64)), "expected floating-point weights"),
+    "complex": (
+        lambda: nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64)),
+        "expected floating-point weights",
+    ),
 }
 
 

@@ -25,7 +25,9 @@ def test_blocks_are_those_of_the_definition(case: tuple[tuple[int, ...], int]) -
     weight = torch.arange(torch.Size(shape).numel()).reshape(shape)
     check_block_size(shape, block_size)
     by_hand = blocks_by_hand(weight, block_size)
-    assert to_blocks(weight, block_size).tolist() == [[weight[index].item() for index in block] for block in by_hand]
+    assert to_blocks(weight, block_size).tolist() == [
+        [weight[index].item() for index in block] for block in by_hand
+    ]
     rows, columns = codes_shape(shape, block_size)
     assert (rows, rows * columns) == (shape[0], len(by_hand))
     assert [block[0][0] for block in by_hand] == [o for o in range(rows) for _ in range(columns)]

@@ -1,4 +1,6 @@
-"""Integers: the right number of levels, exact zero, bounded error, against a numpy reference, on hostile weights."""
+"""Integers: the right number of levels, exact zero, bounded error, against a numpy reference, on hostile
+weights.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_by_hand() -> None:
 def test_finer_ranges_are_never_worse(weight: Tensor, n: int) -> None:
     scales = {g: quantize(weight, n, g, 4).scale for g in GRANULARITIES}
     per_value = {g: s.repeat_interleave(weight.numel() // len(s)) for g, s in scales.items()}
-    assert (per_value["channel"] <= per_value["tensor"]).all() and (per_value["group"] <= per_value["channel"]).all()
+    assert (per_value["channel"] <= per_value["tensor"]).all() and (
+        per_value["group"] <= per_value["channel"]
+    ).all()
 
 
 def test_channels_help_where_they_differ() -> None:
@@ -138,7 +142,12 @@ def test_a_read_is_what_the_file_will_hold(weight: Tensor, n: int, granularity: 
 
 
 def test_group_sizes_that_do_not_fit_name_the_numbers() -> None:
-    with pytest.raises(BlockSizeError, match="^fc1.weight: group_size has to divide the 12 weights of a row, found 8$"):
+    with pytest.raises(
+        BlockSizeError, match="^fc1.weight: group_size has to divide the 12 weights of a row, found 8$"
+    ):
         ranges_shape((5, 12), "group", 8, "fc1.weight")
-    assert ranges_shape((5, 4, 3, 3), "group", 9) == (20, 9) and ranges_shape((5, 4, 3, 3), "channel", 9) == (5, 36)
-    assert ranges_shape((10**19, 2), "tensor", 1) == (1, 2 * 10**19)  # a forged shape is a number, not an overflow
+    assert ranges_shape((5, 4, 3, 3), "group", 9) == (20, 9) and ranges_shape(
+        (5, 4, 3, 3), "channel", 9
+    ) == (5, 36)
+    # a forged shape is a number, not an overflow
+    assert ranges_shape((10**19, 2), "tensor", 1) == (1, 2 * 10**19)

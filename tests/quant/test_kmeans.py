@@ -19,7 +19,9 @@ from fairseq_qn.quant.kmeans import Clusters, cluster_means, kmeans, nearest
 
 ENGINES = [
     "torch",
-    pytest.param("compiled", marks=pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled")),
+    pytest.param(
+        "compiled", marks=pytest.mark.skipif(native.library() is None, reason="the kernel was not compiled")
+    ),
 ]
 
 
@@ -57,7 +59,9 @@ def gaussian(n: int, d: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @given(
-    x=weights(st.tuples(st.integers(3, 60), st.integers(1, 5)), DTYPES), k=st.integers(2, 20), seed=st.integers(0, 99)
+    x=weights(st.tuples(st.integers(3, 60), st.integers(1, 5)), DTYPES),
+    k=st.integers(2, 20),
+    seed=st.integers(0, 99),
 )
 def test_the_objective_never_rises_and_is_what_it_says(engine: str, x: Tensor, k: int, seed: int) -> None:
     with using(engine):
@@ -76,7 +80,9 @@ def test_the_objective_never_rises_and_is_what_it_says(engine: str, x: Tensor, k
 def test_codes_and_codebook_fit_together(x: Tensor, k: int) -> None:
     run = kmeans(x, k)
     assert run.codebook.shape == (min(k, len(x)), x.shape[1]) and run.codebook.dtype == torch.float32
-    assert run.codes.shape == (len(x),) and 0 <= int(run.codes.min()) <= int(run.codes.max()) < len(run.codebook)
+    assert run.codes.shape == (len(x),) and 0 <= int(run.codes.min()) <= int(run.codes.max()) < len(
+        run.codebook
+    )
     assert torch.isfinite(run.codebook).all()
     for code in run.codes.unique().tolist():
         mean = x[run.codes == code].double().mean(0)
@@ -111,7 +117,9 @@ def test_codes_do_not_depend_on_scale_or_shift(engine: str) -> None:
         run = kmeans(x, 32)
         for factor in (2.0**40, 2.0**-40, 2.0**-110):  # the last beyond what fp32 squares
             scaled = kmeans(x * factor, 32)
-            assert torch.equal(scaled.codes, run.codes) and torch.equal(scaled.codebook, run.codebook * factor)
+            assert torch.equal(scaled.codes, run.codes) and torch.equal(
+                scaled.codebook, run.codebook * factor
+            )
             assert scaled.objective == pytest.approx(run.objective * factor**2)
         shifted = kmeans(x + 8192, 32)
     assert (shifted.codes == run.codes).float().mean() > 0.999  # ties may fall otherwise
@@ -123,7 +131,9 @@ def test_huge_and_tiny_weights_are_clustered_as_well_as_any(kind: str) -> None:
     x = hostile(kind, (2000, 4), 5)
     x32 = x.double() - x.double().mean(0)
     plain = (x32 / x32.abs().max()).float()
-    relative = [kmeans(w, 16).objective / float((w.double() - w.double().mean(0)).pow(2).sum()) for w in (x, plain)]
+    relative = [
+        kmeans(w, 16).objective / float((w.double() - w.double().mean(0)).pow(2).sum()) for w in (x, plain)
+    ]
     assert relative[0] == pytest.approx(relative[1], rel=1e-2) and relative[0] < 0.5
 
 
@@ -135,7 +145,8 @@ def test_the_largest_spread_that_fp32_holds() -> None:
 
 
 def test_unused_codewords_move_onto_blocks_that_differ() -> None:
-    x = torch.tensor([[0.0], [0.0], [0.0], [0.0], [5.0], [9.0], [9.0]])  # the two nines have the largest errors
+    # the two nines have the largest errors
+    x = torch.tensor([[0.0], [0.0], [0.0], [0.0], [5.0], [9.0], [9.0]])
     start = torch.tensor([[0.0], [1000.0], [2000.0]])
     first = kmeans(x, 3, start=start, iterations=1)
     assert first.codes.tolist() == [0] * 7 and first.codebook[1:].tolist() == [[0.0], [0.0]]
@@ -177,7 +188,9 @@ def test_very_many_codewords(k: int) -> None:
     assert run.codebook.shape == (k, 2) and int(run.codes.max()) == k - 1
 
 
-@given(st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.integers(0, 39), st.sampled_from(DTYPES))
+@given(
+    st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.integers(0, 39), st.sampled_from(DTYPES)
+)
 def test_nan_and_inf_name_the_layer(value: float, place: int, dtype: torch.dtype) -> None:
     x = gaussian(10, 4).to(dtype)
     x.view(-1)[place] = value
@@ -191,7 +204,9 @@ def lloyd(x: np.ndarray, centroids: np.ndarray, iterations: int) -> float:
     x, centroids = x.astype(np.float64), centroids.astype(np.float64)
     for _ in range(iterations):
         codes = np.stack([((x - c) ** 2).sum(1) for c in centroids]).argmin(0)
-        centroids = np.stack([x[codes == k].mean(0) if (codes == k).any() else c for k, c in enumerate(centroids)])
+        centroids = np.stack(
+            [x[codes == k].mean(0) if (codes == k).any() else c for k, c in enumerate(centroids)]
+        )
     return float(((x - centroids[codes]) ** 2).sum())
 
 
@@ -217,7 +232,11 @@ def test_the_objective_is_that_of_faiss(block_size: int) -> None:
     assert ours == pytest.approx(objective(x, codes, 256), rel=1e-3)
 
 
-@given(x=weights(st.tuples(st.integers(1, 50), st.integers(1, 5))), k=st.integers(1, 12), seed=st.integers(0, 99))
+@given(
+    x=weights(st.tuples(st.integers(1, 50), st.integers(1, 5))),
+    k=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
 def test_nearest_and_means_against_loops(x: Tensor, k: int, seed: int) -> None:
     scale = float(x.abs().max()) or 1.0
     x = x / scale

@@ -60,7 +60,9 @@ def test_chunks_leave_no_trace(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(bernoulli(n, 0.4, 7), whole)
 
 
-@pytest.mark.parametrize(("p", "certain"), [(1, True), (1 - 2**-18, True), (1 - 2**-16, False), (0.5, False)])
+@pytest.mark.parametrize(
+    ("p", "certain"), [(1, True), (1 - 2**-18, True), (1 - 2**-16, False), (0.5, False)]
+)
 def test_what_is_certain(p: float, certain: bool) -> None:
     assert noise.is_certain(p) == certain == bool(bernoulli(1_000_000, p, 3).all())
 
@@ -81,7 +83,9 @@ def test_every_part_of_a_seed_counts() -> None:
     masks = [bernoulli(2000, 0.5, seed) for seed in seeds]
     for a, b in combinations(masks, 2):
         assert abs(float((a ^ b).double().mean()) - 0.5) < 5 * 0.5 / sqrt(2000)  # as unlike as strangers
-    assert seed_of(*base) == seed_of(*base) and seed_of(1, 23) != seed_of(12, 3) and seed_of(1) != seed_of("1")
+    assert (
+        seed_of(*base) == seed_of(*base) and seed_of(1, 23) != seed_of(12, 3) and seed_of(1) != seed_of("1")
+    )
 
 
 def noised_by_hand(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -> Tensor:
@@ -108,7 +112,9 @@ def test_noised_weights_against_a_loop(case: tuple[Tensor, int], p: float, seed:
 def test_elements_are_blocks_of_one() -> None:
     weight = torch.arange(12.0).reshape(3, 4)
     mask = torch.arange(12) % 3 == 0
-    assert replace_blocks(weight, -weight, mask, 1).flatten().tolist() == [-i if i % 3 == 0 else i for i in range(12)]
+    assert replace_blocks(weight, -weight, mask, 1).flatten().tolist() == [
+        -i if i % 3 == 0 else i for i in range(12)
+    ]
 
 
 KNOTS = ((100, 0.0), (200, 0.1), (300, 0.1), (400, 0.5))
@@ -117,9 +123,12 @@ KNOTS = ((100, 0.0), (200, 0.1), (300, 0.1), (400, 0.5))
 @pytest.mark.parametrize(
     ("knots", "update", "p"),
     [
-        (((0, 0.2),), 0, 0.2), (((0, 0.2),), 10**9, 0.2), (((50, 0.2),), 3, 0.2), (KNOTS, 0, 0.0), (KNOTS, 100, 0.0),
-        (KNOTS, 125, 0.025), (KNOTS, 199, 0.099), (KNOTS, 200, 0.1), (KNOTS, 250, 0.1), (KNOTS, 350, 0.3), (KNOTS, 400, 0.5),
-        (KNOTS, 10**9, 0.5), (((0, 0.1), (10, 0.1), (10, 0.7)), 9, 0.1), (((0, 0.1), (10, 0.1), (10, 0.7)), 10, 0.7),
+        (((0, 0.2),), 0, 0.2), (((0, 0.2),), 10**9, 0.2), (((50, 0.2),), 3, 0.2), (KNOTS, 0, 0.0),
+        (KNOTS, 100, 0.0),
+        (KNOTS, 125, 0.025), (KNOTS, 199, 0.099), (KNOTS, 200, 0.1), (KNOTS, 250, 0.1), (KNOTS, 350, 0.3),
+        (KNOTS, 400, 0.5),
+        (KNOTS, 10**9, 0.5), (((0, 0.1), (10, 0.1), (10, 0.7)), 9, 0.1),
+        (((0, 0.1), (10, 0.1), (10, 0.7)), 10, 0.7),
         (((0, 0.4), (10, 0.0)), 5, 0.2),
     ],
 )  # fmt: skip
@@ -128,7 +137,8 @@ def test_schedule(knots: tuple[tuple[int, float], ...], update: int, p: float) -
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=5).map(sorted), st.integers(-5, 60)
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1, max_size=5).map(sorted),
+    st.integers(-5, 60),
 )
 def test_a_schedule_stays_between_its_knots(knots: list[tuple[int, float]], update: int) -> None:
     p = Noise("proxy", tuple(knots)).at(update)

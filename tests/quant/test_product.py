@@ -26,7 +26,9 @@ def random_codes(weight: Tensor, block_size: int, k: int, seed: int) -> Tensor:
 def project_by_hand(
     weight: Tensor, codes: Tensor, block_size: int, pad: int | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Each block replaced by the mean of those that share its code, in fp64, and the means; element by element."""
+    """Each block replaced by the mean of those that share its code, in fp64, and the means; element by
+    element.
+    """
     blocks = [[weight[index].item() for index in block] for block in blocks_by_hand(weight, block_size)]
     flat, columns = codes.flatten().tolist(), codes.shape[1]
     means = {}
@@ -62,11 +64,16 @@ def test_projection_and_codebook_against_a_loop(case: Case, k: int, seed: int, d
     row = None if pad is None else weight[pad]
     assert torch.equal(product.decode(codes, codebook, weight.shape, pad, row), found)
     if pad is not None:
-        assert torch.equal(found[pad], weight[pad]) and not product.decode(codes, codebook, weight.shape, pad)[pad].any()
+        assert (
+            torch.equal(found[pad], weight[pad])
+            and not product.decode(codes, codebook, weight.shape, pad)[pad].any()
+        )
 
 
 @given(weights_and_block_sizes(), st.integers(1, 9), st.integers(0, 999), st.booleans())
-def test_projection_is_linear_idempotent_and_self_adjoint(case: Case, k: int, seed: int, padded: bool) -> None:
+def test_projection_is_linear_idempotent_and_self_adjoint(
+    case: Case, k: int, seed: int, padded: bool
+) -> None:
     x, d = case
     x = x.double()
     y = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -82,7 +89,13 @@ def test_projection_is_linear_idempotent_and_self_adjoint(case: Case, k: int, se
     assert inner[0] == pytest.approx(inner[1], rel=1e-6, abs=1e-6 * float(x.norm() * y.norm()))
 
 
-@given(weights_and_block_sizes(DTYPES), st.integers(1, 9), st.sampled_from([0.0, 0.4, 1.0]), st.integers(0, 999), st.data())
+@given(
+    weights_and_block_sizes(DTYPES),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.integers(0, 999),
+    st.data(),
+)
 def test_projecting_some_blocks(case: Case, k: int, p: float, seed: int, data: st.DataObject) -> None:
     weight, d = case
     pad = data.draw(st.none() | st.integers(0, len(weight) - 1))
@@ -98,7 +111,9 @@ def test_half_precision_is_the_fp32_result_rounded(case: Case, k: int, seed: int
     weight, d = case
     groups = Groups.of(random_codes(weight, d, k, seed), k)
     assert product.codebook_of(weight, groups, d).dtype == torch.float32
-    assert torch.equal(product.project(weight, groups, d), product.project(weight.float(), groups, d).to(weight.dtype))
+    assert torch.equal(
+        product.project(weight, groups, d), product.project(weight.float(), groups, d).to(weight.dtype)
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, 1e4, 1e-7])
@@ -124,8 +139,10 @@ def test_runs_of_blocks_meet_where_they_should(n: int) -> None:
 @pytest.mark.parametrize(
     ("k", "dtype", "bits"),
     [
-        (2, torch.uint8, 1), (3, torch.uint8, 2), (4, torch.uint8, 2), (255, torch.uint8, 8), (256, torch.uint8, 8),
-        (257, torch.int32, 9), (32_768, torch.int32, 15), (32_769, torch.int32, 16), (65_536, torch.int32, 16),
+        (2, torch.uint8, 1), (3, torch.uint8, 2), (4, torch.uint8, 2), (255, torch.uint8, 8),
+        (256, torch.uint8, 8),
+        (257, torch.int32, 9), (32_768, torch.int32, 15), (32_769, torch.int32, 16),
+        (65_536, torch.int32, 16),
     ],
 )  # fmt: skip
 def test_codes_are_as_narrow_as_they_can_be(k: int, dtype: torch.dtype, bits: int) -> None:
@@ -198,9 +215,9 @@ def test_nan_names_the_layer() -> None:
 @given(weights_and_block_sizes(), st.integers(1, 9), st.integers(0, 999))
 def test_encode_finds_the_codeword_that_a_block_is(case: Case, k: int, seed: int) -> None:
     weight, d = case
-    codebook = torch.randn(k, d, generator=torch.Generator().manual_seed(seed)).mul(4).round() + torch.arange(
-        k
-    ).unsqueeze(1)
+    codebook = torch.randn(k, d, generator=torch.Generator().manual_seed(seed)).mul(
+        4
+    ).round() + torch.arange(k).unsqueeze(1)
     codebook = codebook.unique(dim=0)
     codes = random_codes(weight, d, len(codebook), seed)
     decoded = product.decode(codes, codebook, weight.shape)

@@ -90,7 +90,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_never_worse_than_faiss(name: str) -> None:
-    """By more than 1%, on the mean of the ratio over seeds, with as many iterations, all points and one run."""
+    """By more than 1%, on the mean of the ratio over seeds, with as many iterations, all points and one
+    run.
+    """
     faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed: pip install -e .[oracle]")
     ratios = []
     for seed in range(6):
@@ -136,7 +138,10 @@ def test_codewords_without_blocks_are_all_moved(greedy: int, monkeypatch: pytest
 
 def test_errors_that_fp32_cannot_hold_beside_the_largest_weight() -> None:
     x = torch.cat([torch.full((40, 1), 3e38), torch.arange(40.0).reshape(-1, 1) * 1e-10])
-    assert kmeans(x, 4, start=torch.tensor([[3e38], [0.0], [2e38], [2.1e38]])).codes.unique().tolist() == [0, 1]
+    assert kmeans(x, 4, start=torch.tensor([[3e38], [0.0], [2e38], [2.1e38]])).codes.unique().tolist() == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("name", ["90% zeros", "Cauchy", "2 K blocks"])
@@ -167,10 +172,16 @@ def test_keys_are_equal_where_rows_are(x: Tensor, other: int) -> None:
     assert torch.equal(seeding.keys(x)[other % len(x)], seeding.keys(x[other % len(x)].unsqueeze(0))[0])
 
 
-@given(x=weights(st.tuples(st.integers(2, 40), st.integers(1, 4))), count=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    x=weights(st.tuples(st.integers(2, 40), st.integers(1, 4))),
+    count=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_no_copy_of_a_row_is_chosen(x: Tensor, count: int, seed: int) -> None:
     x = (x - x.mean(0)) / max(float((x - x.mean(0)).abs().max()), 1e-30)
     errors = torch.where((x == x[0]).all(1), 0.0, 4.0 * x.shape[1])  # the first has a codeword
-    chosen = seeding.apart(x, torch.ones(len(x)).double(), count, torch.Generator().manual_seed(seed), errors)
+    chosen = seeding.apart(
+        x, torch.ones(len(x)).double(), count, torch.Generator().manual_seed(seed), errors
+    )
     found = torch.cat([x[:1], x[chosen]])
     assert len(found.unique(dim=0)) == len(found) == min(count + 1, len(x.unique(dim=0)))

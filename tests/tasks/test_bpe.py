@@ -1,4 +1,6 @@
-"""What may travel inside a file as its BPE: the known ones, with their own options, and nothing but files from inside."""
+"""What may travel inside a file as its BPE: the known ones, with their own options, and nothing but files
+from inside.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,16 @@ def pieces(tmp_path: Path) -> Path:
 
 
 def test_options_are_checked_when_they_are_given(pieces: Path) -> None:
-    options = {"sentencepiece_alpha": "0.5", "sentencepiece_enable_sampling": True}  # a command line hands out text
+    # a command line hands out text
+    options = {"sentencepiece_alpha": "0.5", "sentencepiece_enable_sampling": True}
     source, assets = carry_bpe("sentencepiece", [pieces], options)
     taken = {**options, "sentencepiece_alpha": 0.5}
     assert source["bpe"] == {"_name": "sentencepiece", "sentencepiece_model": "asset:x.model", **taken}
     assert checked_text(source, assets)["bpe"] == {**source["bpe"], "sentencepiece_model": "x.model"}
-    for wrong, said in (({"sentencepiece_model": "/etc/passwd"}, "takes"), ({"sentencepiece_alpha": "x"}, "a number from")):
+    for wrong, said in (
+        ({"sentencepiece_model": "/etc/passwd"}, "takes"),
+        ({"sentencepiece_alpha": "x"}, "a number from"),
+    ):
         with pytest.raises(UnsupportedError, match=said):
             carry_bpe("sentencepiece", [pieces], wrong)
 
@@ -43,7 +49,10 @@ def test_files_lie_under_names_of_ours_and_go(pieces: Path) -> None:
     ("name", "text"),
     [
         *(("subword_nmt", text) for text in ("a", "a b c", "#version: x\na b", "a b\n\nc d")),
-        *(("fastbpe", text) for text in ("a b", "a b x", "a b 1\na b 1", "ab c 1\na bc 1", "a b 9999999999")),
+        *(
+            ("fastbpe", text)
+            for text in ("a b", "a b x", "a b 1\na b 1", "ab c 1\na bc 1", "a b 9999999999")
+        ),
     ],
 )
 def test_codes_that_make_a_library_end_the_process(name: str, text: str) -> None:

@@ -1,4 +1,6 @@
-"""Where fairseq keeps the moments of each Parameter: its own optimizers, alone, under half precision and side by side."""
+"""Where fairseq keeps the moments of each Parameter: its own optimizers, alone, under half precision and
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,24 @@ from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 ADAM = {"_name": "adam", "lr": [0.1], "adam_betas": "(0.9, 0.999)", "adam_eps": 1e-8, "weight_decay": 0.0,
         "fp16_adam_stats": False}  # fmt: skip
-COMMON = {"fp16_init_scale": 4, "fp16_scale_window": 8, "fp16_scale_tolerance": 0.0, "threshold_loss_scale": None,
-          "min_loss_scale": 1e-4, "fp16_no_flatten_grads": False, "tpu": False}  # fmt: skip
-BMUF = {"global_sync_iter": 1, "block_momentum": 0.9, "block_lr": 1, "warmup_iterations": 1, "use_nbm": False,
-        "average_sync": False, "distributed_world_size": 1}  # fmt: skip
+COMMON = {
+    "fp16_init_scale": 4,
+    "fp16_scale_window": 8,
+    "fp16_scale_tolerance": 0.0,
+    "threshold_loss_scale": None,
+    "min_loss_scale": 1e-4,
+    "fp16_no_flatten_grads": False,
+    "tpu": False,
+}
+BMUF = {
+    "global_sync_iter": 1,
+    "block_momentum": 0.9,
+    "block_lr": 1,
+    "warmup_iterations": 1,
+    "use_nbm": False,
+    "average_sync": False,
+    "distributed_world_size": 1,
+}
 
 
 def config(**common: object) -> OmegaConf:
@@ -32,7 +48,8 @@ def config(**common: object) -> OmegaConf:
 
 @pytest.fixture
 def halves(monkeypatch) -> list[nn.Parameter]:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where fairseq flattens to; None: the CPU
+    # where fairseq flattens to; None: the CPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     torch.manual_seed(0)
     return [nn.Parameter(torch.randn(shape).half()) for shape in ((3, 4), (5,), (2, 2, 3))]
 
@@ -54,8 +71,12 @@ def test_masters_hold_their_parameters(flatten: bool, around, halves: list[nn.Pa
 
 
 def test_masters_of_several_devices() -> None:
-    """Pipeline parallelism: one flat tensor a device. Tensors of devices that are not here, as far as they are asked."""
-    halves = [Mock(**{"numel.return_value": n, "device.index": device}) for n, device in ((3, 0), (4, 1), (5, 0))]
+    """Pipeline parallelism: one flat tensor a device. Tensors of devices that are not here, as far as they
+    are asked.
+    """
+    halves = [
+        Mock(**{"numel.return_value": n, "device.index": device}) for n, device in ((3, 0), (4, 1), (5, 0))
+    ]
     found = masters_of(SimpleNamespace(fp16_params=halves, fp32_params={0: "first", 1: "second"}))
     assert [found[half] for half in halves] == [("first", 0), ("second", 0), ("first", 3)]
 

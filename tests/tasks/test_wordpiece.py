@@ -43,7 +43,8 @@ def test_known_pieces(vocab):
 @pytest.fixture(scope="module")
 def bert_tokenizer():
     before = sys.modules.get("torchaudio", sys)
-    sys.modules["torchaudio"] = None  # transformers imports it where installed; beside a CPU torch that can raise
+    # transformers imports it where installed; beside a CPU torch that can raise
+    sys.modules["torchaudio"] = None
     try:
         pytest.importorskip("transformers", reason="parity needs transformers")
         from transformers import BertTokenizer
@@ -62,7 +63,9 @@ def test_parity_with_bert_tokenizer(cased, vocab, bert_tokenizer):
     @given(
         st.one_of(
             st.text(max_size=40),
-            st.lists(st.sampled_from([*LINES, "[", "sep]", "<unk>", "unable", " ", "É", "\u0301"])).map("".join),
+            st.lists(st.sampled_from([*LINES, "[", "sep]", "<unk>", "unable", " ", "É", "\u0301"])).map(
+                "".join
+            ),
         )
     )
     def same(text):
@@ -77,7 +80,8 @@ def test_a_text_injects_no_special_token(vocab, bert_tokenizer):
     text = "the [SEP]<mask> </s>"
     assert bert_tokenizer(str(vocab)).tokenize(text)[:2] == ["the", "[SEP]"]
     pieces = WordPieceBPE(WordPieceConfig(wordpiece_vocab=str(vocab))).encode(text)
-    assert pieces == "the <unk> s ##e ##p <unk> <unk> m ##a ##s ##k <unk> <unk> <unk> s <unk>"  # brackets are not in it
+    # brackets are not in it
+    assert pieces == "the <unk> s ##e ##p <unk> <unk> m ##a ##s ##k <unk> <unk> <unk> s <unk>"
 
 
 def test_built_by_name(vocab):

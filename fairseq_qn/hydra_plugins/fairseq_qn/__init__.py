@@ -1,7 +1,7 @@
 """Makes `fairseq-hydra-train task=qn_masked_lm` work.
 
-Installed as `hydra_plugins.fairseq_qn`, where Hydra looks for plugins. Hydra asks its plugins for search paths before it
-composes, and so before fairseq reads `common.user_dir`.
+Installed as `hydra_plugins.fairseq_qn`, where Hydra looks for plugins. Hydra asks its plugins for search
+paths before it composes, and so before fairseq reads `common.user_dir`.
 """
 
 import sys
@@ -14,7 +14,9 @@ class FairseqQNSearchPath(SearchPathPlugin):
     """Registers fairseq_qn's tasks, models and criterion; adds the shipped configs after fairseq's own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folder of shipped YAML files, in a program that uses fairseq; in any other, do nothing at all."""
+        """Append the folder of shipped YAML files, in a program that uses fairseq; in any other, do nothing
+        at all.
+        """
         # Another Hydra program in the same environment must not pay for importing torch and fairseq.
         if "fairseq" not in sys.modules:
             return

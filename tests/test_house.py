@@ -17,24 +17,16 @@ TOP = {"fairseq_qn", "configs", "run_scripts", "tests", "setup.py", "README.md",
 TEXT = {".py", ".sh", ".yaml", ".yml", ".md", ".txt", ".toml", ".ini", ".json", ""}
 DATA = "run_scripts/data/"  # shipped corpora: other people's words
 # Written in two parts, so that this file does not hold what it forbids.
+# fmt: off
 FORBIDDEN = {
-    "a package registry's host": r"pypi\.o"
-    r"rg|pythonho"
-    r"sted|files\.pyth"
-    r"on|download\.pyt"
-    r"orch"
-    r"|npm"
-    r"js\.(org|com)|anaconda\.o"
-    r"rg|deb\.deb"
-    r"ian",
+    "a package registry's host": r"pypi\.o" r"rg|pythonho" r"sted|files\.pyth" r"on|download\.pyt" r"orch"
+    r"|npm" r"js\.(org|com)|anaconda\.o" r"rg|deb\.deb" r"ian",
     "a path of one machine": r"(?<![\w.$}])/"
-    r"(work/(main|shared|\.)|ro"
-    r"ot/|ho"
-    r"me/\w|opt/(wheels|pypi)|tmp/w\b|Us"
-    r"ers/)",
-    "what lies outside the tree": r"(?<!\.\./)\bsha"
-    r"red/(?!data)|(?i:\b(DESIGN|FAIRSEQ|UPSTREAM|STYLE|FACTS)\.md)",
+    r"(work/(main|shared|\.)|ro" r"ot/|ho" r"me/\w|opt/(wheels|pypi)|tmp/w\b|Us" r"ers/)",
+    "what lies outside the tree": r"(?<!\.\./)\bsha" r"red/(?!data)"
+    r"|(?i:\b(DESIGN|FAIRSEQ|UPSTREAM|STYLE|FACTS)\.md)",
 }
+# fmt: on
 
 
 def tracked() -> list[str]:
@@ -115,11 +107,17 @@ def test_long_files_are_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["see pypi.org/simple", "cd /work/main", "open('/root/x')", "read shared/notes", "see DESIGN.md"],
+    ("text", "rest"),  # apart, for the same reason
+    [
+        ("see py{}/simple", "pi.org"),
+        ("cd /wo{}/main", "rk"),
+        ("open('/ro{}/x')", "ot"),
+        ("read sha{}/notes", "red"),
+        ("see DES{}.md", "IGN"),
+    ],
 )
-def test_an_offence_is_seen(text: str) -> None:
-    assert len(offences(f"first line\n{text}\n")) == 1
+def test_an_offence_is_seen(text: str, rest: str) -> None:
+    assert len(offences(f"first line\n{text.format(rest)}\n")) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ import torch
 from forging import Plan, Tensors, forge, fresh, parts, refusal, save_a_file
 
 import fairseq_qn
-from fairseq_qn.artifact import bitpack, container
+from fairseq_qn.artifact import container
 from fairseq_qn.errors import FormatError, QNError
+from fairseq_qn.quant import bitpack
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_manifest_that_claims_10_to_the_12_elements(
                 continue
             path = forge(saved, tmp_path / "f", lambda t, p, c=claim, n=layer: p["layers"][n].update(c))
             with monkeypatch.context() as patch:
-                patch.setattr(bitpack, "unpack", lambda *_: pytest.fail("unpacked"))
+                patch.setattr(bitpack, "_is_width", lambda *_: pytest.fail("unpacked"))  # unpack's own
                 assert f"layer {layer!r}: " in refusal(path)
                 with pytest.raises(FormatError):
                     fairseq_qn.inspect(path)

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fairseq_qn"
 LAYERS = [
     {"errors", "config_dir", "kernels"},
-    {"recipe", "quant"},
-    {"modules", "artifact"},
+    {"quant"},
+    {"schemes"},
+    {"recipe", "artifact"},
+    {"modules"},
     {"api", "report"},
     {"models", "tasks", "criterions", "hub", "interop"},
     {"cli", "hydra_plugins"},
@@ -132,7 +134,7 @@ ROOT_INIT = {
         ("fairseq_qn/quant/kmeans.py", "from fairseq_qn.modules.view import View"),
         ("fairseq_qn/quant/kmeans.py", "from ..modules.view import View"),
         ("fairseq_qn/quant/kmeans.py", "from .. import api"),
-        ("fairseq_qn/quant/__init__.py", "from ..artifact import bitpack"),
+        ("fairseq_qn/quant/__init__.py", "from ..artifact import header"),
         ("fairseq_qn/errors.py", "from .recipe import Recipe"),
         ("fairseq_qn/modules/view.py", "class A:\n    def f(self):\n        import fairseq_qn.api"),
         ("fairseq_qn/artifact/codec.py", "from fairseq_qn import apply"),

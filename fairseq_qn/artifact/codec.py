@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_qn.artifact.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.errors import FormatError
+from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.integer import Integers, ranges_shape
 from fairseq_qn.quant.product import code_bits, codes_dtype
 

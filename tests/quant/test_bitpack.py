@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_qn.artifact import bitpack
-from fairseq_qn.artifact.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.errors import EncodeError, FormatError, QNError
+from fairseq_qn.quant import bitpack
+from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 
 WIDTHS = range(1, 17)
 # The sha256 of `test_golden_bytes`. GENERATE_EXPECTED=1 shows a new one, to paste after a change on purpose.

@@ -165,12 +165,24 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     if drawn:
         start = _begin(points, n_centroids, generator)
     if _repeats(start):
-        if exact := seeding.distinct(x, n_centroids):
-            codebook = F.pad(exact[1], (0, 0, 0, n_centroids - len(exact[1])))
-            return Clusters(exact[0], codebook, (0.0,), float(x.double().square().sum()))
+        if exact := _exact(x, n_centroids):
+            return exact
         if drawn and n_centroids <= GREEDY:
             start = _apart(points, n_centroids, n_centroids, generator)
-    return _lloyd(points, start, iterations, generator)
+    found = _lloyd(points, start, iterations, generator)
+    # codewords are left over where no more than K rows differ, some too close for fp32 scores to tell apart
+    if found.objective > 0 and not torch.bincount(found.codes, minlength=n_centroids).all():
+        return _exact(x, n_centroids) or found
+    return found
+
+
+def _exact(x: Tensor, k: int) -> Clusters | None:
+    """The distinct rows of x [n, d] as codewords; None if they are more than k."""
+    exact = seeding.distinct(x, k)
+    if exact is None:
+        return None
+    codebook = F.pad(exact[1], (0, 0, 0, k - len(exact[1])))
+    return Clusters(exact[0], codebook, (0.0,), float(x.double().square().sum()))
 
 
 def _begin(points: _Points, k: int, generator: torch.Generator) -> Tensor:

@@ -115,6 +115,8 @@ def test_never_worse_than_faiss(name: str) -> None:
     seed=st.integers(0, 99),
 )
 @example(blocks=torch.tensor([[1.5, -0.25]] * 2), copies=16, more=0, seed=0)
+@example(blocks=torch.tensor([[-1.0], [0.8], [0.8002]]), copies=3, more=0, seed=0)
+@example(blocks=torch.tensor([[1.0], [-1.0], [1e-30], [2e-30]]), copies=3, more=0, seed=2)
 def test_where_no_more_blocks_differ_than_codewords_nothing_is_lost(
     engine: str, greedy: int, blocks: Tensor, copies: int, more: int, seed: int
 ) -> None:

@@ -10,6 +10,7 @@ import logging
 from importlib.util import find_spec
 
 from fairseq_qn.api import (
+    Stages,
     apply,
     decoded_state_dict,
     figures,
@@ -26,7 +27,7 @@ from fairseq_qn.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "Recipe", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
+    "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
     "predict_size", "refresh",
     "save", "set_update",
 ]  # fmt: skip

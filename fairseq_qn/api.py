@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fairseq_qn.artifact import codec, container, manifest
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
-from fairseq_qn.modules import export
+from fairseq_qn.modules import export, stages
 from fairseq_qn.modules.clock import Clock, track
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
@@ -34,14 +34,14 @@ from fairseq_qn.modules.install import StoredParameters, install
 from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.moments import project_moments
+from fairseq_qn.modules.stages import Stages
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
 __all__ = [
-    "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load", "predict_size",
-    "refresh", "save",
-    "set_update",
+    "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
+    "predict_size", "refresh", "save", "set_update",
 ]  # fmt: skip
 
 Builder = Callable[[dict[str, Any], Mapping[str, bytes], Sequence[str]], nn.Module]
@@ -142,8 +142,8 @@ def freeze(
 
 def unfrozen(model: nn.Module) -> list[str]:
     """The stages, in the recipe's order, that have a layer left to freeze; [] without a recipe."""
-    left = {view.rule.stage for view in views_of(model) if view.phase != FROZEN}
-    return [stage.name for stage in recipe_of(model).stages if stage.name in left] if left else []
+    recipe = recipe_of(model)
+    return [] if recipe is None else stages.unfrozen(model, recipe)
 
 
 def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[LayerReport]:

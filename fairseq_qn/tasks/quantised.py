@@ -1,8 +1,7 @@
 """The iterative-quantisation task, as a mixin over any fairseq task: noise, stages, progress, figures to
 log.
 
-The stage is read from the model's own buffers, so no counter can skip or repeat one: whatever is due and not
-frozen yet is frozen at the beginning of the epoch or update, by the same rule on resume. The schedule is not
+What is due (modules/stages.py) is frozen at the beginning of the epoch or update. The schedule is not
 touched, of the optimizer only Adam's moments of what is frozen: before the next step, and so before any
 checkpoint that holds the stage as frozen.
 """
@@ -23,9 +22,9 @@ from tqdm import tqdm
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
 from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel, elsewhere, remember
-from fairseq_qn.modules.freeze import refresh_views
 from fairseq_qn.modules.moments import project_moments
-from fairseq_qn.modules.view import FROZEN, WeightView, views_of
+from fairseq_qn.modules.stages import Boundaries, due, explain, freeze_due, refresh_epoch
+from fairseq_qn.modules.view import WeightView
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.tasks import stages
 from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
@@ -63,7 +62,7 @@ class QuantisedTaskConfig(FairseqDataclass):
 class QuantisedTask:
     """Mixin for a fairseq task class, before it in the bases."""
 
-    boundaries: stages.Boundaries = {}  # when training freezes each stage
+    boundaries: Boundaries = {}  # when training freezes each stage
     _fresh: tuple[WeightView, ...] = ()  # frozen since the last step
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
     # the last (update, micro-batch); an update that overflows in fp16 is tried again
@@ -105,11 +104,9 @@ class QuantisedTask:
         self._quant_model = model
         if api.recipe_of(model) is None:
             return
-        due = [name for name, (unit, at) in self.boundaries.items() if unit == "epoch" and epoch >= at]
-        self._freeze_due(due, f"epoch {epoch}")
+        self._freeze(due(self.boundaries, epoch=epoch), f"epoch {epoch}")
         if self._refreshed != epoch:  # on resume within an epoch the codes are those of its beginning
-            views = [view for view in views_of(model) if view.noise.refresh == "epoch"]
-            refresh_views(views, progress=_bar("codebooks of exact noise"))
+            refresh_epoch(model, _bar("codebooks of exact noise"))
             self._refreshed = epoch
         self._measure()
 
@@ -126,7 +123,7 @@ class QuantisedTask:
         """
         left = api.unfrozen(self._quant_model)
         if left:
-            why = stages.explain(left, self.boundaries)
+            why = explain(left, self.boundaries)
             logger.info("%s: not frozen at update %d: %s", Path(path).name, num_updates, why)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
@@ -148,10 +145,7 @@ class QuantisedTask:
         """
         inner = getattr(self, "_quant_model", None)
         if inner is not None and api.recipe_of(inner) is not None:
-            due = [
-                name for name, (unit, at) in self.boundaries.items() if unit == "update" and update_num >= at
-            ]
-            if self._freeze_due(due, f"update {update_num}"):
+            if self._freeze(due(self.boundaries, update=update_num), f"update {update_num}"):
                 self._measure()
             if self._fresh and update_num and not optimizer.get_lr():  # update 0 may be a warm-up's
                 logger.warning(
@@ -173,30 +167,16 @@ class QuantisedTask:
     def _config(self) -> Any:
         return getattr(self, "cfg", None) or getattr(self, "args", None)
 
-    def _freeze_due(self, due: Sequence[str], when: str) -> bool:
+    def _freeze(self, names: Sequence[str], when: str) -> bool:
         """Freeze those of the stages that are not frozen yet; whether there were any."""
-        frozen = False
-        for stage in due:
-            views = [
-                view
-                for view in views_of(self._quant_model)
-                if view.rule.stage == stage and view.phase != FROZEN
-            ]
-            if views:
-                bar = _bar(f"{when}: freezing stage {stage}")
-                reports = api.freeze(
-                    self._quant_model, stage, iterations=self._config.quant_iterations, progress=bar
-                )
-                worst = max(reports, key=lambda report: report.error)
-                logger.info(
-                    "%s: stage %s frozen: %d layers in %.1f s, largest relative error %.4f (%s)",
-                    when, stage, len(reports), sum(r.seconds for r in reports), worst.error, worst.name,
-                )  # fmt: skip
-                frozen = True
-                self._fresh += (*views,)
-                # scores of before do not compare, nor does one that a checkpoint brought along
-                stages.forget_best()
-        return frozen
+        before, iterations = self._fresh, self._config.quant_iterations
+        bar = lambda stage: _bar(f"{when}: freezing stage {stage}")  # noqa: E731
+        for frozen in freeze_due(self._quant_model, names, iterations, bar):
+            logger.info("%s: %s", when, frozen)
+            self._fresh += (*frozen.views,)
+            # scores of before do not compare, nor does one that a checkpoint brought along
+            stages.forget_best()
+        return self._fresh != before
 
     def _project_moments(self, optimizer: Any) -> None:
         """Adam's moments of what was frozen since the last step become those of the codewords."""

@@ -1,12 +1,11 @@
-"""Which stage is frozen when, ends of training that leave one out, and scores that compare before with
-after.
+"""What only fairseq asks of stages: the options that say when, ends of training that leave one out, and
+scores that compare before with after.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -14,42 +13,28 @@ from fairseq import checkpoint_utils
 
 from fairseq_qn.errors import RecipeError
 from fairseq_qn.models.quantised import elsewhere
+from fairseq_qn.modules import stages
+from fairseq_qn.modules.stages import Boundaries
 from fairseq_qn.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-# stage -> (unit, number): frozen after this update, or as this epoch begins
-Boundaries = dict[str, tuple[str, int]]
+OPTIONS = {unit: f"--quant-stage-{unit}" for unit in ("updates", "epochs")}
 
 
 def boundaries(recipe: Recipe, config: Any) -> Boundaries:
-    """When each stage is frozen: from the options, else from the recipe; a stage without a number is not in
-    it.
+    """When each stage is frozen: from the options, else from the recipe. Raises RecipeError."""
+    given = {unit: _numbers(getattr(config, f"quant_stage_{unit}", None), OPTIONS[unit]) for unit in OPTIONS}
+    return stages.boundaries(recipe, **given, called=tuple(OPTIONS.values()))
 
-    Raises RecipeError for options that contradict one another or do not fit the stages.
-    """
-    names = [stage.name for stage in recipe.stages]
-    given = {unit: getattr(config, f"quant_stage_{unit}s", None) for unit in ("update", "epoch")}
-    if given["update"] and given["epoch"]:
-        raise RecipeError("--quant-stage-updates and --quant-stage-epochs: give one of the two")
-    for unit, text in given.items():
-        if text:
-            option = f"--quant-stage-{unit}s"
-            try:
-                numbers = [int(part) for part in str(text).strip("[]").split(",")]
-            except ValueError:
-                raise RecipeError(
-                    f"{option}: expected numbers separated by commas, found {text!r}"
-                ) from None
-            if len(numbers) != len(names) or numbers != sorted(numbers):
-                raise RecipeError(
-                    f"{option}: expected {len(names)} rising numbers, for stages {names}, found {numbers}"
-                )
-            return {name: (unit, number) for name, number in zip(names, numbers, strict=True)}
-    own = {
-        s.name: ("update", s.update) if s.update is not None else ("epoch", s.epoch) for s in recipe.stages
-    }
-    return {name: at for name, at in own.items() if at[1] is not None}
+
+def _numbers(text: Any, option: str) -> list[int] | None:
+    if not text:
+        return None
+    try:
+        return [int(part) for part in str(text).strip("[]").split(",")]
+    except ValueError:
+        raise RecipeError(f"{option}: expected numbers separated by commas, found {text!r}") from None
 
 
 def check_ends(due: Boundaries, config: Any) -> None:
@@ -74,14 +59,6 @@ def check_ends(due: Boundaries, config: Any) -> None:
                 "would be "
                 "trained after the stage; freeze it earlier, or raise --total-num-update"
             )
-
-
-def explain(left: Sequence[str], due: Boundaries) -> str:
-    """Stages that are not frozen, each with the reason."""
-    when = {"update": "is due after update", "epoch": "is due at epoch"}
-    numbered = [f"{stage} {when[due[stage][0]]} {due[stage][1]}" for stage in left if stage in due]
-    bare = [stage for stage in left if stage not in due]
-    return "; ".join([*numbered, *([f"{', '.join(bare)}: no update or epoch was given"] if bare else [])])
 
 
 def count_no_score(stats: dict[str, Any], config: Any) -> None:

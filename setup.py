@@ -1,5 +1,6 @@
 """Packaging. `run_scripts/setup.sh` installs torch, fairseq and then this, in the order that works."""
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -25,7 +26,7 @@ def _kernels(pattern: str) -> list[str]:
 
 setup(
     name="fairseq-qn",
-    version="0.1.0",
+    version=re.search(r'"(\d.*)"', Path("fairseq_qn/version.py").read_text())[1],
     description="Quant-Noise and iterative product quantisation for fairseq, down to one small file that "
     "answers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),

@@ -24,8 +24,8 @@ from fairseq_qn.api import (
     set_update,
 )  # fmt: skip
 from fairseq_qn.recipe import Recipe
+from fairseq_qn.version import __version__  # noqa: F401
 
-__version__ = "0.1.0"
 __all__ = [
     "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
     "predict_size", "refresh",

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+from fairseq_qn.artifact.header import record_bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SizeReport:
             for part in ("codes", "codebook", "pad", "levels", "scale", "zero")
         }
         for name, record in manifest["tensors"].items():
-            size = prod(record["shape"]) * _BYTES[record["dtype"]]
+            size = record_bytes(record)
             if name in owner:
                 parts["codes" if name.endswith(("/codes", "/levels")) else "codebooks"] += size
                 layers[owner[name]] = layers.get(owner[name], 0) + size
@@ -46,9 +46,7 @@ class SizeReport:
             else:
                 parts["dense"] += size
                 layers[name] = size
-                dense_bytes += prod(record["shape"]) * (
-                    4 if record["dtype"] in ("F16", "F32") else _BYTES[record["dtype"]]
-                )
+                dense_bytes += 4 * prod(record["shape"]) if record["dtype"] in ("F16", "F32") else size
         dense_bytes += sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
         parts["header"] = total - sum(parts.values())
         return cls(total, parts, layers, dense_bytes)

@@ -13,7 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
 from fairseq_qn.config_dir import config_dir
-from fairseq_qn.models.describe import NoData
+from fairseq_qn.models.undrawn import Undrawn
 from fairseq_qn.modules.match import match
 from fairseq_qn.recipe import Recipe
 
@@ -57,7 +57,7 @@ def build(arch: str, options: tuple[str, ...], vocabulary: int = 50_265) -> torc
             if not hasattr(args, name):
                 setattr(args, name, getattr(defaults, name))
         args.tokens_per_sample = args.max_target_positions = 512
-    with torch.device("meta"), NoData():  # shapes are all that matching needs
+    with torch.device("meta"), Undrawn():  # shapes are all that matching needs
         return cls.build_model(args, task)
 
 

@@ -1,10 +1,11 @@
-"""Who may import whom, read from the sources by `ast`: nothing imports upward, and few files import
-fairseq.
+"""Who may import whom, read from the sources by `ast`: nothing imports upward or in a circle, few files
+import fairseq, and none imports ours inside a function.
 """
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fairseq_qn"
 LAYERS = [
-    {"errors", "config_dir", "kernels"},
+    {"errors", "version", "config_dir", "kernels"},
     {"quant"},
     {"schemes"},
     {"recipe", "artifact"},
@@ -109,12 +110,66 @@ def violations(sources: dict[str, str]) -> list[str]:
     return broken
 
 
-def test_package_keeps_the_layers() -> None:
-    sources = {
+def circle(sources: dict[str, str]) -> list[str]:
+    """The files of a circle of imports, if there is one, each of which imports the next.
+
+    Imports inside functions and under TYPE_CHECKING count. Importing a module runs the __init__ of each
+    folder around it; those around both files are running already.
+    """
+    files = {module_name(path): path for path in sources}
+    graph: dict[str, set[str]] = {}
+    for path, text in sources.items():
+        around = {parent.as_posix() for parent in Path(path).parents}
+        needed = graph.setdefault(path, set())
+        for _, module, name in imported(ast.parse(text, path), path):
+            target = f"{module}.{name}" if f"{module}.{name}" in files else module
+            needed.add(files.get(target, path))
+            folders = target.split(".")
+            for end in range(1, len(folders)):
+                folder = ".".join(folders[:end])
+                if folder.replace(".", "/") not in around:
+                    needed.add(files.get(folder, path))
+        needed.discard(path)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def hidden(sources: dict[str, str]) -> list[str]:
+    """Imports of our own inside a function: they hide a circle. The top layer starts fast by them."""
+    found = []
+    for path, text in sources.items():
+        for node in ast.walk(ast.parse(text, path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                found += [
+                    f"{path}:{line}: imports {module} {name}".rstrip()
+                    for line, module, name in imported(node, path)
+                    if module.split(".")[0] == PACKAGE and part_of(module_name(path)) not in LAYERS[-1]
+                ]
+    return found
+
+
+def package() -> dict[str, str]:
+    """path -> text of each file of the package."""
+    found = {
         p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in sorted((ROOT / PACKAGE).rglob("*.py"))
     }
-    assert len(sources) > 10
-    assert violations(sources) == []
+    assert len(found) > 10
+    return found
+
+
+def test_package_keeps_the_layers() -> None:
+    assert violations(package()) == []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circle(package()) == []
+
+
+def test_no_import_of_ours_inside_a_function() -> None:
+    assert hidden(package()) == []
 
 
 ROOT_INIT = {
@@ -173,3 +228,43 @@ def test_a_violation_is_seen(path: str, text: str) -> None:
 )
 def test_what_is_allowed_passes(path: str, text: str) -> None:
     assert violations({**ROOT_INIT, path: text}) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"a.py": "from fairseq_qn import b", "b.py": "from fairseq_qn.a import f"}, ["a.py", "b.py"]),
+        ({"a.py": "from .b import f", "b.py": "def f():\n    import fairseq_qn.a"}, ["a.py", "b.py"]),
+        ({"a.py": "from . import b", "b.py": "if TYPE_CHECKING:\n    from .a import T"}, ["a.py", "b.py"]),
+        (
+            {"a.py": "from .b import f", "b.py": "import fairseq_qn.c", "c.py": "from .a import f"},
+            ["a.py", "b.py", "c.py"],
+        ),
+        ({"__init__.py": "from .a import f", "a.py": "from fairseq_qn import g"}, ["__init__.py", "a.py"]),
+        (  # whoever imports t.y runs t/__init__.py
+            {"m/a.py": "from ..t.y import f", "t/y.py": "",
+             "t/__init__.py": "from . import x", "t/x.py": "from ..m import a"},
+            ["m/a.py", "t/__init__.py", "t/x.py"],
+        ),
+        ({"__init__.py": "from .a import f", "a.py": "from .b import f", "b.py": ""}, []),
+        ({"m/__init__.py": "from . import a", "m/a.py": "from fairseq_qn.m import b", "m/b.py": ""}, []),
+    ],
+)  # fmt: skip
+def test_a_circle_is_seen(files: dict[str, str], found: list[str]) -> None:
+    named = {f"fairseq_qn/{path}": text for path, text in files.items()}
+    assert sorted(set(circle(named))) == [f"fairseq_qn/{path}" for path in found]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "count"),
+    [
+        ("fairseq_qn/models/a.py", "def f():\n    from fairseq_qn import hub", 1),
+        ("fairseq_qn/models/a.py", "class A:\n    async def f(self):\n        from ..api import load", 1),
+        ("fairseq_qn/models/a.py", "def f():\n    importlib.import_module('fairseq_qn.hub')", 1),
+        ("fairseq_qn/models/a.py", "f = lambda: __import__('fairseq_qn')", 1),
+        ("fairseq_qn/models/a.py", "from ..api import load\ndef f():\n    import tqdm, fairseq", 0),
+        ("fairseq_qn/cli.py", "def f():\n    from fairseq_qn import hub", 0),
+    ],
+)
+def test_a_hidden_import_is_seen(path: str, text: str, count: int) -> None:
+    assert len(hidden({path: text})) == count

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from fairseq_qn.criterions.options import options_of, with_wrapped_options
 from fairseq_qn.errors import MismatchError, UnsupportedError
+from fairseq_qn.models.config import config_of
+from fairseq_qn.models.pretrained import load_any
 
 
 @dataclass
@@ -216,7 +218,5 @@ def _logits(output: Any, model: nn.Module, asked: dict[str, Any]) -> Tensor:
 
 def load_teacher(path: str, task: Any) -> nn.Module:
     """A teacher in eval mode, without gradients, from a fairseq checkpoint or a small file."""
-    from fairseq_qn import hub
-
-    teacher = hub.load_any(path, data=getattr(getattr(task, "cfg", None) or task.args, "data", None))
+    teacher = load_any(path, data=getattr(config_of(task), "data", None))
     return teacher.eval().requires_grad_(False)

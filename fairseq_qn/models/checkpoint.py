@@ -7,6 +7,7 @@ import inspect
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from fairseq import checkpoint_utils, tasks
 from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fairseq_qn import api
 from fairseq_qn.artifact.header import short
@@ -23,9 +23,9 @@ from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 from fairseq_qn.models import options
 from fairseq_qn.models.describe import fairseq_refuses, kind_of, ours
 from fairseq_qn.models.options import CHECKPOINT_MODEL, CHECKPOINT_TASK, FALLBACKS, MODELS, TASKS
+from fairseq_qn.models.undrawn import Undrawn, place
+from fairseq_qn.modules.match import owners_of
 from fairseq_qn.recipe import Recipe
-
-_DRAWS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"}
 
 
 def load_checkpoint(
@@ -166,8 +166,8 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
     """The model with the checkpoint's weights; None if something that it does not hold was to be drawn, and
     was not.
     """
-    with _Undrawn() as undrawn:
-        undrawn.active = not draw
+    undrawn = Undrawn()
+    with nullcontext() if draw else undrawn:
         known = "from_checkpoint" in inspect.signature(task.build_model).parameters
         model = task.build_model(config, from_checkpoint=True) if known else task.build_model(config)
     history = state.get("optimizer_history") or [{}]  # the first checkpoints had none
@@ -177,38 +177,14 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
     own = model.state_dict()
     for name in own.keys() & weights.keys():  # a checkpoint of fp16 training holds fp16
         weights[name] = weights[name].to(own[name].dtype)
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, name))
+    groups = owners_of(model)
     try:
         nn.Module.load_state_dict(model, weights, assign=True)
     except RuntimeError as error:  # a line for each tensor
         raise MismatchError(
             f"checkpoint: its tensors do not fit its options: {short(' '.join(str(error).split()))}"
         ) from error
-    for *others, (last, attribute) in owners.values():  # assigned one by one: tie them again
-        for module, name in others:
-            module._parameters[name] = last._parameters[attribute]
-    return None if any(_place(p) in undrawn.places for p in model.parameters()) else model
-
-
-class _Undrawn(TorchFunctionMode):
-    """While active, initial weights are not drawn; their places in memory are noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active, self.places = True, set()
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self.active and getattr(func, "__name__", "") in _DRAWS:
-            target = args[0] if args else kwargs["tensor"]  # torch.nn.init names its argument
-            self.places.add(_place(target))
-            return target
-        return func(*args, **kwargs)
-
-
-def _place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    for *others, last in groups:  # assigned one by one: tie them again
+        for owner in others:
+            owner.module._parameters[owner.attribute] = last.module._parameters[last.attribute]
+    return None if any(place(p) in undrawn.places for p in model.parameters()) else model

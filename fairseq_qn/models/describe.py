@@ -18,15 +18,15 @@ from fairseq.modules import SinusoidalPositionalEmbedding
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from omegaconf import OmegaConf
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, QNError, UnsupportedError
 from fairseq_qn.models import options
-from fairseq_qn.models.kinds import NAME
+from fairseq_qn.models.config import config_of
+from fairseq_qn.models.option_types import NAME
 from fairseq_qn.models.options import DICTIONARIES, MODELS, TASKS, Refusal
+from fairseq_qn.models.undrawn import Undrawn
 
-_DRAWS = {"cpu", "normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "copy_"}
 _INDICES = ("bos_index", "pad_index", "eos_index", "unk_index")
 # numbers of a table of sinusoidal positions; fairseq computes more when a sentence needs them
 _MAX_COMPUTED = 1 << 22
@@ -46,11 +46,10 @@ def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str,
         if dictionary is not None:
             names[key] = next((name for name, other in found.items() if other is dictionary), key)
             found[names[key]] = dictionary
-    config = getattr(task, "cfg", None) or getattr(task, "args", None)
     name = next((name for name, own in ours().items() if own is cls), cls.__name__)
     parts = {"model": {"_name": name, **_values(args, MODELS.get(name, ()))}}
     name = next((name for name in TASKS if type(task) in _tasks(name)), type(task).__name__)
-    parts["task"] = {"_name": name, **_values(config, TASKS.get(name, ()))}
+    parts["task"] = {"_name": name, **_values(config_of(task), TASKS.get(name, ()))}
     return {"builder": "fairseq", **parts, "dictionaries": names}, found
 
 
@@ -163,7 +162,7 @@ def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> 
     given = options.check_layers(source["model"], stored, "source.model")
     name = given["_name"]
     args = Namespace(**{**_defaults(MODEL_DATACLASS_REGISTRY.get(name)), **given})
-    with fairseq_refuses("source.model"), torch.device("meta"), NoData():
+    with fairseq_refuses("source.model"), torch.device("meta"), Undrawn():
         model = MODEL_REGISTRY[name].build_model(args, task)
         for head, (classes, inner) in source["heads"].items():
             model.register_classification_head(head, classes, inner)
@@ -231,19 +230,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return list(value) if OmegaConf.is_list(value) or isinstance(value, tuple) else value
-
-
-class NoData(TorchFunctionMode):
-    """Let tensors on the meta device be as they are: there is nothing to draw, and the CPU, where fairseq
-    draws, has no room.
-
-    torch's own normal_ of a meta tensor would do, but imports its compiler: 0.9 s and 100 MB.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWS:
-            target = args[0] if args else kwargs["tensor"]  # torch.nn.init names its argument
-            if target.is_meta:
-                return target
-        return func(*args, **kwargs)

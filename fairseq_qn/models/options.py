@@ -15,16 +15,16 @@ from typing import Any
 
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, QNError
-from fairseq_qn.models.kinds import (
+from fairseq_qn.models.option_types import (
     Cutoffs,
     Flag,
     Folder,
-    Kind,
     Named,
     Number,
     Numerals,
     OneOf,
     Only,
+    OptionType,
     RecipeText,
     Whole,
 )
@@ -44,7 +44,7 @@ _EVERY = {
 }  # fmt: skip
 
 
-def _stack(side: str) -> dict[str, Kind]:
+def _stack(side: str) -> dict[str, OptionType]:
     return {
         f"{side}_layers": Whole(0, MAX_LAYERS), f"{side}_embed_dim": _SIZE, f"{side}_ffn_embed_dim": _SIZE,
         f"{side}_attention_heads": Whole(1, 256), f"{side}_layerdrop": _CHANCE,
@@ -62,7 +62,7 @@ _DECODER = {
     "tie_adaptive_weights": _FLAG, "tie_adaptive_proj": _FLAG, "base_layers": Only(0),
 }  # fmt: skip
 
-MODELS: dict[str, dict[str, Kind]] = {
+MODELS: dict[str, dict[str, OptionType]] = {
     "qn_roberta": {
         **_EVERY, **_stack("encoder"), "max_positions": _POSITIONS, "pooler_activation_fn": _ACTIVATION,
         "pooler_dropout": _CHANCE, "untie_weights_roberta": _FLAG,
@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Kind]] = {
     },
 }  # fmt: skip
 
-TASKS: dict[str, dict[str, Kind]] = {
+TASKS: dict[str, dict[str, OptionType]] = {
     "qn_masked_lm": {"tokens_per_sample": _POSITIONS},
     "qn_sentence_prediction": {
         "num_classes": Whole(1, 1 << 20), "regression_target": _FLAG, "classification_head_name": Named(),
@@ -104,11 +104,11 @@ NEEDED = {  # dictionaries
 }  # fmt: skip
 
 # what a checkpoint may say beyond that: how it goes on training, and where its dictionaries are
-CHECKPOINT_MODEL: dict[str, Kind] = {
+CHECKPOINT_MODEL: dict[str, OptionType] = {
     "quant_noise_pq": _CHANCE, "quant_noise_pq_block_size": Whole(1, 4096), "quant_noise_scalar": _CHANCE,
     "encoder_layers_to_keep": Numerals(), "decoder_layers_to_keep": Numerals(), "quant_recipe": RecipeText(),
 }  # fmt: skip
-CHECKPOINT_TASK: dict[str, Kind] = {
+CHECKPOINT_TASK: dict[str, OptionType] = {
     "data": Folder(), "source_lang": Named(), "target_lang": Named(),
     "seed": Whole(-(1 << 63), (1 << 63) - 1),
     "quant_recipe": RecipeText(), "quant_stage_updates": Numerals(), "quant_stage_epochs": Numerals(),
@@ -123,7 +123,7 @@ BPE_FILES = {
     "fastbpe": {"bpe_codes": ""},
     "subword_nmt": {"bpe_codes": ""},
 }
-BPES: dict[str, dict[str, Kind]] = {
+BPES: dict[str, dict[str, OptionType]] = {
     "sentencepiece": {"sentencepiece_enable_sampling": _FLAG, "sentencepiece_alpha": _CHANCE},
     "gpt2": {},
     "qn_wordpiece": {"wordpiece_cased": _FLAG},
@@ -137,7 +137,7 @@ _LANGUAGE = OneOf(
         "ta tdt te yue zh".split()
     )
 )
-TOKENIZERS: dict[str, dict[str, Kind]] = {
+TOKENIZERS: dict[str, dict[str, OptionType]] = {
     "space": {},
     "nltk": {},
     "moses": {
@@ -155,7 +155,9 @@ FALLBACKS = {
 }  # fmt: skip
 
 
-def take(table: Mapping[str, Kind], values: Any, where: str, error: Refusal = FormatError) -> dict[str, Any]:
+def take(
+    table: Mapping[str, OptionType], values: Any, where: str, error: Refusal = FormatError
+) -> dict[str, Any]:
     """The options that the table knows, checked; None stands for fairseq's default. Raises `error`, by
     name.
     """

@@ -8,8 +8,10 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.models import (
     ARCH_CONFIG_REGISTRY,
@@ -21,7 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fairseq_qn import api
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.models.config import config_of, remember, seed_of
 from fairseq_qn.models.describe import checked, describe, dictionary_bytes
+from fairseq_qn.models.pretrained import is_small, load_interface
 from fairseq_qn.modules.adopt import adopt
 from fairseq_qn.modules.view import views_of
 from fairseq_qn.recipe import Recipe, short_recipe
@@ -39,6 +43,8 @@ class QuantisedModel:
     that a checkpoint needs no recipe file.
     """
 
+    qn_interface: type  # what answers for such a model from a small file: see models/interfaces.py
+
     @classmethod
     def build_model(cls, args: Namespace | DictConfig, task: Any) -> Any:
         """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist
@@ -54,10 +60,27 @@ class QuantisedModel:
             model = super().build_model(args, task)
             model.__dict__["_qn_source"] = describe(cls, args, task)
             if recipe is not None and not hasattr(task, "boundaries"):
-                model.__dict__["_qn_stock_task"] = getattr(_config_of(task), "_name", type(task).__name__)
+                model.__dict__["_qn_stock_task"] = getattr(config_of(task), "_name", type(task).__name__)
         if recipe is not None:
-            api.apply(model, recipe, seed=_seed_of(_config_of(task)), strict=False)
+            api.apply(model, recipe, seed=seed_of(config_of(task)), strict=False)
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        checkpoint_file: str = "model.pt",
+        *args: Any,
+        mode: str = "dense",
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The interface of a small file, of a folder that holds one, or (as fairseq) of a folder with a
+        checkpoint.
+        """
+        if is_small(model_name_or_path):
+            return load_interface(model_name_or_path, mode, dtype)
+        return super().from_pretrained(str(model_name_or_path), checkpoint_file, *args, **kwargs)
 
     def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """(source, files) from which `fairseq_qn.load` rebuilds this model: configurations, heads,
@@ -106,7 +129,7 @@ def mirror_architectures(ours: str, theirs: str) -> None:
 
 
 def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
-    text = getattr(_config_of(task), "quant_recipe", None) or getattr(args, "quant_recipe", None)
+    text = getattr(config_of(task), "quant_recipe", None) or getattr(args, "quant_recipe", None)
     if text:
         return Recipe.load(text)
     p = float(getattr(args, "quant_noise_pq", 0) or 0)
@@ -114,37 +137,6 @@ def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
         return short_recipe(p, int(getattr(args, "quant_noise_pq_block_size", 8)))
     p = float(getattr(args, "quant_noise_scalar", 0) or 0)
     return short_recipe(p, 1, bits=8) if p > 0 else None
-
-
-def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -> None:
-    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged
-    copy.
-    """
-    setattr(config, key, value)
-    parent = config._get_parent() if OmegaConf.is_config(config) else None
-    if parent is not None and OmegaConf.is_config(parent.get(group)):
-        with open_dict(parent[group]):
-            parent[group][key] = value
-
-
-def elsewhere(config: Any, option: str) -> Any:
-    """An option of another group, from the whole configuration; None where this one stands alone.
-
-    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for
-    True.
-    """
-    parent = config._get_parent() if OmegaConf.is_config(config) else None
-    return None if parent is None else OmegaConf.select(parent, option)
-
-
-def _seed_of(config: Any) -> int:
-    """fairseq's --seed. Not every task has an option of that name; a Namespace holds those of all groups."""
-    own = getattr(config, "seed", None)
-    return int((elsewhere(config, "common.seed") if own is None else own) or 0)
-
-
-def _config_of(task: Any) -> Any:
-    return getattr(task, "cfg", None) or getattr(task, "args", None)
 
 
 def _unsaved(why: str) -> UnsupportedError:

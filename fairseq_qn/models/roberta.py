@@ -9,6 +9,7 @@ from fairseq.models.roberta import model as roberta
 from torch import nn
 
 from fairseq_qn import api
+from fairseq_qn.models.interfaces import QNRobertaHub
 from fairseq_qn.models.quantised import QuantisedModel, mirror_architectures
 
 
@@ -19,6 +20,8 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
     `args.layer_norm_eps`, which an imported checkpoint may carry, sets the eps of every LayerNorm (fairseq:
     1e-5).
     """
+
+    qn_interface = QNRobertaHub
 
     @staticmethod
     def add_args(parser: Any) -> None:
@@ -50,17 +53,6 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
         recipe = api.recipe_of(self)
         if recipe is not None:
             api.apply(self, recipe, strict=False)
-
-    @classmethod
-    def from_pretrained(
-        cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
-    ) -> Any:
-        """A hub interface from a small file, a folder that holds one, or (as fairseq) a folder with a
-        checkpoint.
-        """
-        from fairseq_qn import hub
-
-        return hub.roberta_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)
 
 
 mirror_architectures("qn_roberta", "roberta")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from fairseq import checkpoint_utils
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.criterions.options import options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.models.checkpoint import load_checkpoint, read_checkpoint
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.tasks.quantised import QuantisedTaskConfig
@@ -21,6 +25,25 @@ _OURS = "qn_"
 _CRITERION = "quantization_aware"
 _CRITERION_OPTIONS = ("wrapped_criterion", "teacher_checkpoint", "distill_weight", "distill_temperature")
 _OPTIONS = {*(f.name for f in fields(QuantisedTaskConfig)), *_CRITERION_OPTIONS} - {"_name"}
+
+
+def export_fairseq(path: str | Path, output: str | Path, data: str | None = None) -> dict[str, Any]:
+    """Write a qn_ checkpoint as a stock one: frozen layers by their decoded weights, all else exactly as it
+    is stored.
+
+    Returns {"file", "architecture", "frozen_layers", "note"}; the note says what fairseq's own model cannot
+    express. Raises as load_checkpoint does, and UnsupportedError for a stock checkpoint or where `output` is
+    `path`.
+    """
+    refuse_same(output, path)
+    model, config, _ = load_checkpoint(path, data)
+    stock, frozen = to_stock(read_checkpoint(path), model, str(path))
+    eps = getattr(config.model, "layer_norm_eps", None)  # an option of qn_roberta alone
+    own_eps = eps is not None and float(eps) != 1e-5
+    note = f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}" if own_eps else ""
+    checkpoint_utils.torch_persistent_save(stock, str(output))
+    made = getattr(stock["cfg"]["model"], "arch", None) or stock["cfg"]["model"]["_name"]
+    return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
 
 
 def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[str, Any], int]:

@@ -2,33 +2,23 @@
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
+from fairseq_qn.models.interfaces import QNGeneratorHub
 from fairseq_qn.models.quantised import QuantisedModel, mirror_architectures
 
 
-class _Hub:
-    @classmethod
-    def from_pretrained(
-        cls, model_name_or_path: Any, checkpoint_file: str = "model.pt", *args: Any, **kwargs: Any
-    ) -> Any:
-        """A generator interface from a small file, a folder that holds one, or (as fairseq) a folder with a
-        checkpoint.
-        """
-        from fairseq_qn import hub
-
-        return hub.generator_from_pretrained(cls, model_name_or_path, checkpoint_file, *args, **kwargs)
-
-
 @register_model("qn_transformer")
-class QNTransformerModel(_Hub, QuantisedModel, TransformerModel):
+class QNTransformerModel(QuantisedModel, TransformerModel):
     """Encoder-decoder Transformer. Adaptive softmax is refused by the recipe's block sizes, not silently
     left dense.
     """
+
+    qn_interface = QNGeneratorHub
 
 
 @dataclass
@@ -39,8 +29,10 @@ class QNTransformerLMConfig(TransformerLanguageModelConfig):
 
 
 @register_model("qn_transformer_lm", dataclass=QNTransformerLMConfig)
-class QNTransformerLanguageModel(_Hub, QuantisedModel, TransformerLanguageModel):
+class QNTransformerLanguageModel(QuantisedModel, TransformerLanguageModel):
     """Decoder-only language model."""
+
+    qn_interface = QNGeneratorHub
 
 
 mirror_architectures("qn_transformer", "transformer")

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
-from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel, elsewhere, remember
+from fairseq_qn.models.config import config_of, elsewhere, remember
+from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.stages import Boundaries, due, explain, freeze_due, refresh_epoch
 from fairseq_qn.modules.view import WeightView
@@ -165,7 +166,7 @@ class QuantisedTask:
 
     @property
     def _config(self) -> Any:
-        return getattr(self, "cfg", None) or getattr(self, "args", None)
+        return config_of(self)
 
     def _freeze(self, names: Sequence[str], when: str) -> bool:
         """Freeze those of the stages that are not frozen yet; whether there were any."""

@@ -12,7 +12,7 @@ from typing import Any
 from fairseq import checkpoint_utils
 
 from fairseq_qn.errors import RecipeError
-from fairseq_qn.models.quantised import elsewhere
+from fairseq_qn.models.config import elsewhere
 from fairseq_qn.modules import stages
 from fairseq_qn.modules.stages import Boundaries
 from fairseq_qn.recipe import Recipe

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fairseq_qn
 from fairseq_qn import hub
-from fairseq_qn.models.describe import NoData
+from fairseq_qn.models.undrawn import Undrawn
 
 TOKENS = 32
 HUB, LEAN, LEANEST = (
@@ -57,7 +57,7 @@ def lean(path: Path) -> nn.Module:
 def leanest(path: Path) -> nn.Module:
     """With our way to build: no weights are drawn, and the tensors of the mapped file become the model's."""
     state, config, task = _mapped(path)
-    with torch.device("meta"), NoData():
+    with torch.device("meta"), Undrawn():
         model = RobertaModel.build_model(config, task)
     nn.Module.load_state_dict(model, state, assign=True)
     return model

@@ -4,11 +4,13 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from described import RECIPE, build, byte_bpe
 
 import fairseq_qn
@@ -68,3 +70,22 @@ def test_too_long_a_sentence_is_said_to_be(interface: Callable[..., Any]) -> Non
             UnsupportedError, match=r"expected up to 32 tokens, found .*; shorten the sentence"
         ):
             answer("ka lo " * 40)
+
+
+def test_a_filler_of_the_dictionary_fills_no_mask(interface: Callable[..., Any]) -> None:
+    """Though it is the likeliest: a byte-level BPE cannot decode it, and no text holds it. Nor do special
+    symbols; what is left keeps its own probability.
+    """
+    found = interface({"mood": 2})
+    words = found.task.source_dictionary
+    words.symbols[10] = "madeupword0000"
+    with torch.no_grad():
+        bias = found.model.encoder.lm_head.bias
+        bias[:] = torch.linspace(0, 1, len(bias))
+        bias[10], bias[words.pad()], bias[20], bias[30] = 33, 32, 31, 30
+    (text, first, token), (_, second, other) = found.fill_mask("ka <mask> lo", topk=2)
+    assert [token, other] == [found.bpe.decode(words[20]), found.bpe.decode(words[30])]
+    assert text == f"ka{token} lo" and first / second == pytest.approx(math.e, rel=0.2)
+    assert first < math.exp(-1), "of all that the model holds possible"
+    everything = found.fill_mask("ka <mask> lo", topk=10**6)
+    assert len(everything) == len(words) - 6 and all(0 <= chance <= 1 for _, chance, _ in everything)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fairseq")
 
 from fairseq_qn.errors import FormatError, UnsupportedError
-from fairseq_qn.tasks.bpe import Guarded, carry_bpe, checked_text, unpacked
+from fairseq_qn.models.bpe import Guarded, carry_bpe, checked_text, unpacked
 
 
 @pytest.fixture

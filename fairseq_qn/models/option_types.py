@@ -13,7 +13,7 @@ from typing import Any
 NAME = re.compile(r"[\w-]{1,64}")
 
 
-class Kind:
+class OptionType:
     """What an option may be. `read` returns the value as fairseq is to get it, or raises ValueError."""
 
     def read(self, value: Any) -> Any:
@@ -21,7 +21,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Only(Kind):
+class Only(OptionType):
     """Nothing but fairseq's default."""
 
     value: Any
@@ -36,7 +36,7 @@ class Only(Kind):
 
 
 @dataclass(frozen=True)
-class Flag(Kind):
+class Flag(OptionType):
     def __str__(self) -> str:
         return "true or false"
 
@@ -47,7 +47,7 @@ class Flag(Kind):
 
 
 @dataclass(frozen=True)
-class Whole(Kind):
+class Whole(OptionType):
     low: int
     high: int
 
@@ -61,7 +61,7 @@ class Whole(Kind):
 
 
 @dataclass(frozen=True)
-class Number(Kind):
+class Number(OptionType):
     low: float
     high: float
 
@@ -77,7 +77,7 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
-class OneOf(Kind):
+class OneOf(OptionType):
     choices: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class OneOf(Kind):
 
 
 @dataclass(frozen=True)
-class Named(Kind):
+class Named(OptionType):
     """A plain name: of a head or a language, which fairseq puts into file names."""
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Named(Kind):
 
 
 @dataclass(frozen=True)
-class Numerals(Kind):
+class Numerals(OptionType):
     """Text such as 0,2,4, which fairseq itself splits."""
 
     def __str__(self) -> str:
@@ -120,7 +120,7 @@ class Numerals(Kind):
 
 
 @dataclass(frozen=True)
-class Cutoffs(Kind):
+class Cutoffs(OptionType):
     """Where the bands of an adaptive softmax end. As text fairseq evaluates it: it gets the list."""
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class Cutoffs(Kind):
 
 
 @dataclass(frozen=True)
-class RecipeText(Kind):
+class RecipeText(OptionType):
     """A recipe as JSON text, as a checkpoint holds it, never the path of one."""
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ class RecipeText(Kind):
 
 
 @dataclass(frozen=True)
-class Folder(Kind):
+class Folder(OptionType):
     """Where a checkpoint's dictionaries lie on this machine."""
 
     def __str__(self) -> str:

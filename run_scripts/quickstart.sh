@@ -12,18 +12,7 @@ bash run_scripts/setup.sh plot
 py=.venv/bin/python
 recipe=configs/recipes/quickstart.yaml
 mkdir -p "$out"
-
-step() { # step NAME COMMAND...: once only; its output goes to OUT/NAME.log
-    local name=$1 started=$SECONDS
-    shift
-    [ ! -f "$out/$name.done" ] || return 0
-    if ! "$@" >"$out/$name.log" 2>&1; then
-        printf 'quickstart:   %-20s FAILED after %d s\n' "$name" $((SECONDS - started))
-        tail -n 15 "$out/$name.log" >&2
-        return 1
-    fi
-    printf 'quickstart:   %-20s %4d s\n' "$name" $((SECONDS - started)) | tee "$out/$name.done"
-}
+source run_scripts/steps.sh
 
 running=()
 beside() { # beside COMMAND...: starts it in a process group of its own, which an interrupt of this script ends too

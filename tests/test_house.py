@@ -7,10 +7,13 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+from fairseq_qn.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"fairseq_qn", "configs", "run_scripts", "tests", "setup.py", "README.md", "LICENSE"}
@@ -139,3 +142,10 @@ def test_an_innocent_line_passes(text: str) -> None:
 )
 def test_undocumented_functions_are_seen(text: str, lacks: int) -> None:
     assert len(undocumented(text)) == lacks
+
+
+def test_the_version_of_the_distribution_is_that_of_the_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--version"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1] == __version__

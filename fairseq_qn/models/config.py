@@ -18,10 +18,10 @@ def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -
     copy.
     """
     setattr(config, key, value)
-    parent = config._get_parent() if OmegaConf.is_config(config) else None
-    if parent is not None and OmegaConf.is_config(parent.get(group)):
-        with open_dict(parent[group]):
-            parent[group][key] = value
+    whole = _whole(config)
+    if whole is not None and OmegaConf.is_config(whole.get(group)):
+        with open_dict(whole[group]):
+            whole[group][key] = value
 
 
 def elsewhere(config: Any, option: str) -> Any:
@@ -30,11 +30,16 @@ def elsewhere(config: Any, option: str) -> Any:
     Not interpolated into the task's own: fairseq-generate's parser takes the text of an interpolation for
     True.
     """
-    parent = config._get_parent() if OmegaConf.is_config(config) else None
-    return None if parent is None else OmegaConf.select(parent, option)
+    whole = _whole(config)
+    return None if whole is None else OmegaConf.select(whole, option)
 
 
 def seed_of(config: Any) -> int:
     """fairseq's --seed. Not every task has an option of that name; a Namespace holds those of all groups."""
     own = getattr(config, "seed", None)
     return int((elsewhere(config, "common.seed") if own is None else own) or 0)
+
+
+def _whole(config: Any) -> Any:
+    """The configuration that a group of options is a part of, if any."""
+    return config._get_parent() if OmegaConf.is_config(config) else None

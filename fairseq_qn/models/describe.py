@@ -58,15 +58,18 @@ def checked(source: Mapping[str, Any], error: Refusal = FormatError) -> dict[str
     name.
     """
     result: dict[str, Any] = {"builder": "fairseq"}
-    for part, kinds in (("model", MODELS), ("task", TASKS)):
+    for part, tables in (("model", MODELS), ("task", TASKS)):
         given = source.get(part)
         if not isinstance(given, Mapping):
             raise error(f"source.{part}: expected options by name, found {short(given)}")
         name = given.get("_name") or given.get("arch" if part == "model" else "task")
         name = options.one_of(
-            kinds, kind_of(name, ours()) or name if part == "model" else name, f"source.{part}._name", error
+            tables,
+            model_of(name, ours()) or name if part == "model" else name,
+            f"source.{part}._name",
+            error,
         )
-        result[part] = {"_name": name, **options.take(kinds[name], given, f"source.{part}", error)}
+        result[part] = {"_name": name, **options.take(tables[name], given, f"source.{part}", error)}
     names = source.get("dictionaries")
     if not isinstance(names, Mapping) or not all(
         type(n) is str and n in DICTIONARIES for n in (*names, *names.values())
@@ -194,10 +197,10 @@ def _line(error: BaseException) -> str:
     return short(" ".join(str(error).split())).strip("'\"")
 
 
-def kind_of(architecture: Any, kinds: Mapping[str, type | None]) -> str | None:
+def model_of(architecture: Any, models: Mapping[str, type | None]) -> str | None:
     """Which of these models an architecture's name stands for, if any."""
     cls = ARCH_MODEL_REGISTRY.get(architecture) if type(architecture) is str else None
-    return next((kind for kind, own in kinds.items() if own is not None and own is cls), None)
+    return next((name for name, own in models.items() if own is not None and own is cls), None)
 
 
 def ours() -> dict[str, type | None]:

@@ -164,14 +164,14 @@ def take(
     if not isinstance(values, Mapping):
         raise error(f"{where}: expected options by name, found {short(values)}")
     found = {}
-    for name, kind in table.items():
+    for name, allowed in table.items():
         value = values.get(name)
         if value is None:
             continue
         try:
-            found[name] = kind.read(value)
+            found[name] = allowed.read(value)
         except ValueError:
-            raise error(f"{where}.{name}: expected {kind}, found {short(value)}") from None
+            raise error(f"{where}.{name}: expected {allowed}, found {short(value)}") from None
     return found
 
 

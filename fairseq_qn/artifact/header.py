@@ -275,20 +275,11 @@ def _named(path: PathLike, expected: str) -> Iterator[None]:
 
 def _check_table(table: dict[str, Any], specs: Mapping[str, Spec], path: PathLike) -> None:
     """The manifest's table and the tensors that are there say the same."""
-    if missing := sorted(table.keys() - specs.keys()):
-        raise bad(
-            path,
-            "tensors",
-            f"the {len(table)} of the manifest",
-            f"{len(missing)} missing, first {short(missing[0])}",
-        )
-    if extra := sorted(specs.keys() - table.keys()):
-        raise bad(
-            path,
-            "tensors",
-            f"the {len(table)} of the manifest",
-            f"{len(extra)} extra, first {short(extra[0])}",
-        )
+    missing, extra = table.keys() - specs.keys(), specs.keys() - table.keys()
+    for names, what in ((missing, "missing"), (extra, "extra")):
+        if names:
+            found = f"{len(names)} {what}, first {short(min(names))}"
+            raise bad(path, "tensors", f"the {len(table)} of the manifest", found)
     for name, spec in specs.items():
         record = table[name]
         if not isinstance(record, dict) or record != {**_record(spec), "sha256": record.get("sha256")}:

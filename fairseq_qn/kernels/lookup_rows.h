@@ -1,4 +1,4 @@
-/* The lookup for LANES rows of x at a time, one in each lane of a vector; lookup.c includes it once for each width. */
+/* LANES rows of x at a time, one in each lane of a vector; lookup.c includes it for each width. */
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define vec JOIN(vector_, LANES)
@@ -8,8 +8,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
 /* table [n groups, k, LANES] = x . codeword; xt [n * d, LANES] */
-static inline __attribute__((always_inline)) void fill_tables(const float *xt, const float *codebook, int64_t k, const int d,
-                                                         int64_t n, float *table)
+static inline __attribute__((always_inline)) void
+fill_tables(const float *xt, const float *codebook, int64_t k, const int d, int64_t n, float *table)
 {
     for (int64_t g = 0; g < n; g++) {
         vec x[LARGEST];
@@ -25,10 +25,12 @@ static inline __attribute__((always_inline)) void fill_tables(const float *xt, c
 FOR_EACH_PROCESSOR
 static void sum_rows(const job_t *job, int64_t row, int64_t begin, int64_t end, float *scratch)
 {
-    const int64_t groups = job->groups, k = job->k, n_rows = job->rows - row < LANES ? job->rows - row : LANES;
+    const int64_t groups = job->groups, k = job->k;
+    const int64_t n_rows = job->rows - row < LANES ? job->rows - row : LANES;
     const int d = job->d;
     float *xt = scratch, *table = xt + GROUPS * d * LANES, *y = table + GROUPS * k * LANES;
-    for (int64_t o = begin; o < end; o++) *(vec *)(y + (o - begin) * LANES) = (vec){0} + (job->bias ? job->bias[o] : 0);
+    for (int64_t o = begin; o < end; o++)
+        *(vec *)(y + (o - begin) * LANES) = (vec){0} + (job->bias ? job->bias[o] : 0);
     for (int64_t first = 0; first < groups; first += GROUPS) {
         const int64_t n = groups - first < GROUPS ? groups - first : GROUPS;
         const float *x = job->x + row * groups * d + first * d;

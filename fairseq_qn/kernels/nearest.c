@@ -1,11 +1,12 @@
-/* One step of k-means: the nearest codeword of each block, and the sums of the blocks that chose each codeword.
+/* One step of k-means: the nearest codeword of each block, and the sums of the blocks of each codeword.
  *
- * What it computes is defined in plain torch by quant/kmeans.py: argmax over k of x.c_k - |c_k|^2 / 2, the lowest k on
- * ties, and sums in fp64. A point's arithmetic depends neither on its neighbours nor on how work falls to threads; sums are
- * added up by pieces of which there are always as many, in their order.
+ * What it computes is defined in plain torch by quant/kmeans.py: argmax over k of x.c_k - |c_k|^2 / 2, the
+ * lowest k on ties, and sums in fp64. A point's arithmetic depends neither on its neighbours nor on how work
+ * falls to threads; sums are added up by pieces of which there are always as many, in their order.
  *
- * Points are the blocks centred and scaled, in tiles [d, TILE]: laid out once for all steps, so that a vector holds one
- * element of many points. The arithmetic limits the search, not memory: d FMAs and a comparison for each codeword.
+ * Points are the blocks centred and scaled, in tiles [d, TILE]: laid out once for all steps, so that a
+ * vector holds one element of many points. The arithmetic limits the search, not memory: d FMAs and a
+ * comparison for each codeword.
  */
 #include "native.h"
 
@@ -59,17 +60,18 @@ static void lay_out(const void *data, int64_t piece, int worker)
     job->sums[piece] = energy;
 }
 
-/* points [ceil(n / TILE), d, TILE] = (x - shift) / scale, with zeros after the last; energies [pieces] of |x - shift|^2.
- * `step`, a multiple of TILE, blocks make a piece. */
-EXPORT void qn_lay_out(fork_t fork, int32_t threads, const float *x, int64_t n, int32_t d, const double *shift, double scale,
-                       int64_t step, float *points, double *energies)
+/* points [ceil(n / TILE), d, TILE] = (x - shift) / scale, with zeros after the last; energies [pieces] of
+ * |x - shift|^2. `step`, a multiple of TILE, blocks make a piece. */
+EXPORT void qn_lay_out(fork_t fork, int32_t threads, const float *x, int64_t n, int32_t d,
+                       const double *shift, double scale, int64_t step, float *points, double *energies)
 {
-    job_t job = {.x = x, .n = n, .d = d, .shift = shift, .scale = scale, .step = step, .points = points, .sums = energies};
+    job_t job = {.x = x, .n = n, .d = d, .shift = shift, .scale = scale, .step = step,
+                 .points = points, .sums = energies};
     share_out(fork, threads, lay_out, &job, (n + step - 1) / step);
 }
 
-static inline __attribute__((always_inline)) void add_up(const float *x, int64_t n, const int d, const int32_t *codes,
-                                                         double *sums, int64_t *counts)
+static inline __attribute__((always_inline)) void add_up(const float *x, int64_t n, const int d,
+                                                         const int32_t *codes, double *sums, int64_t *counts)
 {
     for (int64_t i = 0; i < n; i++) {
         double *sum = sums + (int64_t)codes[i] * d;
@@ -134,14 +136,15 @@ EXPORT void qn_lanes(int32_t *lanes)
 #endif
 }
 
-/* codes [n] of the nearest of codebook [k, d], bias [k] = -|c|^2 / 2, to points; without points, codes are given.
- * sums [pieces, k, d] of the rows of x [n, d] of each code, counts [pieces, k]: their first entries end as the totals. */
-EXPORT void qn_assign(fork_t fork, int32_t threads, const float *points, const float *x, int64_t n, int32_t d,
-                      const float *codebook, const float *bias, int64_t k, int64_t step, int32_t lanes, int32_t *codes,
-                      double *sums, int64_t *counts)
+/* codes [n] of the nearest of codebook [k, d], bias [k] = -|c|^2 / 2, to points; without points, codes are
+ * given. sums [pieces, k, d] of the rows of x [n, d] of each code, counts [pieces, k]: their first entries
+ * end as the totals. */
+EXPORT void qn_assign(fork_t fork, int32_t threads, const float *points, const float *x, int64_t n,
+                      int32_t d, const float *codebook, const float *bias, int64_t k, int64_t step,
+                      int32_t lanes, int32_t *codes, double *sums, int64_t *counts)
 {
-    job_t job = {.points = (float *)points, .x = x, .n = n, .d = d, .codebook = codebook, .bias = bias, .k = k, .step = step,
-                 .lanes = lanes, .codes = codes, .sums = sums, .counts = counts};
+    job_t job = {.points = (float *)points, .x = x, .n = n, .d = d, .codebook = codebook, .bias = bias,
+                 .k = k, .step = step, .lanes = lanes, .codes = codes, .sums = sums, .counts = counts};
     share_out(fork, threads, assign, &job, n ? (n + step - 1) / step : 1); /* no rows: zeros */
     if (n > step) share_out(fork, threads, add_pieces, &job, (k + SHARE - 1) / SHARE);
 }

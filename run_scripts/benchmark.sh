@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Measures fairseq_qn beside its peers: run_scripts/benchmark.sh [kmeans|compress|train|infer|file ...]; all parts by default.
+# Measures fairseq_qn beside its peers: run_scripts/benchmark.sh [kmeans|compress|train|infer|file ...]; all
+# parts by default.
 # Each part prints a table and writes OUT/PART.md and OUT/PART.json, OUT=benchmark-results unless set.
-# Ratios, not seconds, are what can be compared: ours and each peer run in turn, in both orders, REPEATS (5) times each.
+# Ratios, not seconds, are what can be compared: ours and each peer run in turn, in both orders, REPEATS (5)
+# times each.
 # THREADS: threads of each contender, all cores by default.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +18,8 @@ for part in "$@"; do
 done
 bash run_scripts/setup.sh benchmark
 mkdir -p "$out"
-# aqlm 1.1.7's numba kernel adds into one array from all its threads: with two its sums are wrong by a fifth, and it is slower.
+# aqlm 1.1.7's numba kernel adds into one array from all its threads: with two its sums are wrong by a fifth,
+# and it is slower.
 export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads NUMBA_NUM_THREADS=1
 for part in "$@"; do
     .venv/bin/python "run_scripts/benchmark/part_$part.py" --out "$out" --repeats "${REPEATS:-5}"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv/ in the tree with torch, fairseq and fairseq_qn (editable): run_scripts/setup.sh [EXTRA ...]
-# Extras are those of setup.py: cli plot tensorboard hf oracle benchmark all test. Done already, it takes no time. PYTHON=... picks the interpreter.
-# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) say where wheels come from; without
-# an NVIDIA GPU a CPU build of torch (version ...+cpu) is taken wherever one of them offers it.
+# Extras are those of setup.py: cli plot tensorboard hf oracle benchmark all test. Done already, it takes no
+# time. PYTHON=... picks the interpreter.
+# pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) say where wheels come
+# from; without an NVIDIA GPU a CPU build of torch (version ...+cpu) is taken wherever one of them offers it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -13,12 +14,14 @@ log=.venv/setup.log
 find_python() { # prints the first interpreter that will do
     local candidate
     for candidate in "${PYTHON:-python3.11}" python3.11 python3 python3.12 python3.13 python3.10; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+            2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: needs Python 3.10 or later with venv (3.11 is what is tested); found $(python3 -V 2>/dev/null || echo none)." \
+    echo "setup: needs Python 3.10 or later with venv (3.11 is what is tested);" \
+        "found $(python3 -V 2>/dev/null || echo none)." \
         "Install python3.11 and python3.11-venv, or name one: PYTHON=/path/to/python3.11 $0" >&2
     return 1
 }
@@ -43,7 +46,8 @@ install_torch() {
     torch=$(grep '^torch==' "$versions")
     if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
         if ! pip install "$torch+cpu"; then
-            echo "setup: pip's settings offer no CPU build of $torch; taking the default one, which may bring several GB" \
+            echo "setup: pip's settings offer no CPU build of $torch; taking the default one," \
+                "which may bring several GB" \
                 "of CUDA packages. PIP_EXTRA_INDEX_URL set to PyTorch's CPU index avoids it." >&3
         fi
     fi
@@ -51,24 +55,29 @@ install_torch() {
 }
 
 install_fairseq() { # against the torch that is used, not the CUDA one that build isolation would fetch
-    # Nearly all of its time goes into three C++ files that include all of torch: 38 s each at -O3 -g, 21 s at -O1 -g0.
-    # They compile side by side without ninja only, whose build file they would share.
+    # Nearly all of its time goes into three C++ files that include all of torch: 38 s each at -O3 -g, 21 s
+    # at -O1 -g0. They compile side by side without ninja only, whose build file they would share.
     mkdir -p .venv/build/no-ninja
     printf '#!/bin/sh\nexit 1\n' >.venv/build/no-ninja/ninja
     chmod +x .venv/build/no-ninja/ninja
     printf '[build_ext]\nparallel = %d\n' "$(getconf _NPROCESSORS_ONLN)" >.venv/build/parallel.cfg
-    env -u CUDA_HOME PATH="$root/.venv/build/no-ninja:$PATH" DIST_EXTRA_CONFIG="$root/.venv/build/parallel.cfg" \
+    env -u CUDA_HOME PATH="$root/.venv/build/no-ninja:$PATH" \
+        DIST_EXTRA_CONFIG="$root/.venv/build/parallel.cfg" \
         CFLAGS="-O1 -g0 -fwrapv" CXXFLAGS="-O1 -g0 -fwrapv" "$py" -m pip install --no-build-isolation "$1"
 }
 
 install_package() {
     pip install --no-build-isolation --use-pep517 -e ".[$(tr ' ' , <<<"$*")]" || return
-    # fairseq pulls torchaudio in, has no use for it here, and transformers cannot be imported beside one that is broken
+    # fairseq pulls torchaudio in, has no use for it here, and transformers cannot be imported beside one
+    # that is broken
     "$py" -c 'import torchaudio' || pip uninstall -y torchaudio
 }
 
 stamp=.venv/setup.done
-key() { { cat setup.py "$versions" run_scripts/setup.sh fairseq_qn/kernels/*.[ch]; echo "$root"; "$py" -V; } 2>&1 | cksum; }
+key() {
+    { cat setup.py "$versions" run_scripts/setup.sh fairseq_qn/kernels/*.[ch]; echo "$root"; "$py" -V; } \
+        2>&1 | cksum
+}
 have=$(tail -n 1 "$stamp" 2>/dev/null || true) # the extras that are there
 if [ -n "$have" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
     missing=0
@@ -81,7 +90,8 @@ extras=$(printf '%s\n' cli $have "$@" | sort -u | xargs)
 
 exec 3>&2
 started=$SECONDS
-if [ "$(cat .venv/made-in 2>/dev/null || echo "$root")" != "$root" ] || ! "$py" -m pip --version >/dev/null 2>&1; then
+if [ "$(cat .venv/made-in 2>/dev/null || echo "$root")" != "$root" ] ||
+    ! "$py" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
     rm -rf .venv
     mkdir .venv
@@ -95,7 +105,7 @@ build_tools=(cython numpy setuptools wheel)
 if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then # the tested versions are those of 3.11
     unset PIP_CONSTRAINT
     fairseq="fairseq==0.12.2"
-    build_tools=('cython<3' 'numpy<1.24' setuptools wheel 'pip<24.1') # fairseq's omegaconf 2.0 needs the old pip
+    build_tools=('cython<3' 'numpy<1.24' setuptools wheel 'pip<24.1') # omegaconf 2.0 needs the old pip
 fi
 step "torch and build tools" install_torch
 step "fairseq (compiled, minutes, unless cached)" install_fairseq "$fairseq"

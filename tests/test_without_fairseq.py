@@ -92,3 +92,19 @@ def test_the_four_verbs(tmp_path: Path) -> None:
         print("fairseq" in sys.modules, len(coverage.matched))
     """
     assert run(code, tmp_path).strip() == "False 3"
+
+
+def test_any_model_trains_freezes_and_ships(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "run_scripts" / "any_model.py"
+    code = f"""
+        import runpy
+        sys.argv = ["any_model.py", "16"]
+        runpy.run_path({str(script)!r}, run_name="__main__")
+        print("fairseq" in sys.modules)
+    """
+    plain, size, small, last = run(code, tmp_path).splitlines()
+    dense, file = (int(line.split(" bytes")[0].split()[-1].replace(",", "")) for line in (plain, small))
+    assert plain.startswith("plain, ") and small.startswith("from the file, ") and last == "False"
+    assert 10 * file < dense and "MB on disk" in size
+    for line in (plain, small):
+        assert 0 < float(line.split(" bytes: ")[1].split("%")[0]) <= 100

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fairseq_qn.artifact import codec, container, manifest
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError, RecipeError, UnsupportedError
-from fairseq_qn.modules import export, stages
+from fairseq_qn.artifact import container, manifest
+from fairseq_qn.errors import RecipeError, UnsupportedError
+from fairseq_qn.modules import stages
 from fairseq_qn.modules.clock import Clock, track
 from fairseq_qn.modules.decoded import decoded_state_dict
-from fairseq_qn.modules.fill import IntegerWeight, ProductWeight, Weight, check_fits, fill
+from fairseq_qn.modules.export import content_of
 from fairseq_qn.modules.follow import follow
 from fairseq_qn.modules.freeze import (
     LayerReport,
@@ -31,21 +28,18 @@ from fairseq_qn.modules.freeze import (
     refresh_views,
 )
 from fairseq_qn.modules.install import StoredParameters, install
-from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.moments import project_moments
+from fairseq_qn.modules.restore import File, read, register_builder
 from fairseq_qn.modules.stages import Stages
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
 __all__ = [
-    "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "predict_size", "refresh", "save", "set_update",
+    "File", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
+    "predict_size", "read", "refresh", "register_builder", "save", "set_update",
 ]  # fmt: skip
-
-Builder = Callable[[dict[str, Any], Mapping[str, bytes], Sequence[str]], nn.Module]
-_BUILDERS: dict[str, Builder] = {}
 
 
 def apply(
@@ -178,20 +172,16 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file
     survives any of them.
     """
-    plan = export.plan(model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source)
+    content = content_of(
+        model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source
+    )
     if waiting := unfrozen(model):
         raise UnsupportedError(
             f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first"
         )
-    tensors = plan.encode()
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    for problem in (
-        manifest.layers_excess(plan.manifest, stored),
-        manifest.assets_excess(plan.manifest, tensors),
-    ):
-        if problem:  # no reader would take such a file
-            raise UnsupportedError(f"save: {problem}; use smaller blocks, carry less")
-    container.write(path, tensors, plan.manifest)
+    content.check()
+    written, tensors = content.encode()
+    container.write(path, tensors, written)
     return SizeReport.of(path, container.read_manifest(path))
 
 
@@ -199,9 +189,8 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
                  assets: Mapping[str, bytes] | None = None,
                  source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
     """Bytes that `save` will write, from shapes alone; frozen or not."""
-    return export.plan(
-        model, _applied(model, "predict_size"), parts=parts, drop=drop, assets=assets, source=source
-    ).size()
+    recipe = _applied(model, "predict_size")
+    return content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source).size()
 
 
 def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, *,
@@ -221,98 +210,13 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
     return read(path).load(mode, model, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class File:
-    """A small file in memory, checked: what `load` builds a model from, and the hub its interface."""
-
-    path: Path
-    plan: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def names(self) -> list[str]:
-        """Of the weights in the file, and of the modules that were left out of it."""
-        return [*self.plan["layers"], *manifest.dense_names(self.plan), *self.plan["dropped"]]
-
-    @cached_property
-    def assets(self) -> Mapping[str, bytes]:
-        """The files that travel inside, by name, each unpacked when it is asked for."""
-        return manifest.Assets(self.plan, self.tensors, str(self.path))
-
-    def load(
-        self, mode: str = "dense", model: nn.Module | None = None, *, dtype: torch.dtype | None = None
-    ) -> nn.Module:
-        """The model, in eval mode; see `load`."""
-        if mode not in ("dense", "packed"):
-            raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
-        plan, tensors = self.plan, self.tensors
-        dense = {
-            name: codec.widened(tensors[name], plan["exponents"].get(name, 0))
-            for name in manifest.dense_names(plan)
-        }
-        layers = {name: self._decode(name, entry) for name, entry in plan["layers"].items()}
-        if model is None:
-            model = _build(self)
-        shapes = {name: tuple(t.shape) for name, t in dense.items()} | {
-            name: tuple(w.shape) for name, w in layers.items()
-        }
-        check_fits(model, shapes, plan["ties"], plan["dropped"])
-        check_kinds(model, plan.get("modules", {}))
-        if dtype is not None:
-            model.to(dtype)
-        fill(model, layers, dense, plan["ties"], plan["dropped"], mode)
-        return model.eval()
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Put the file's name before what is wrong with its content."""
-        try:
-            yield
-        except (FormatError, UnsupportedError) as error:
-            if str(error).startswith(f"{self.path}:"):
-                raise
-            raise type(error)(f"{self.path}: {error}") from error.__cause__
-
-    def _decode(self, name: str, entry: dict[str, Any]) -> Weight:
-        parts = {part: self.tensors[f"{name}/{part}"] for part in codec.layout(entry, torch.float32)}
-        shape = tuple(entry["shape"])
-        if not codec.all_finite(entry, parts):
-            raise FormatError(
-                f"{self.path}: {name}: expected finite weights, found NaN or Inf; save another checkpoint"
-            )
-        try:
-            if entry["scheme"] == "product":
-                pad = codec.widened(parts["pad"], entry["pad"]) if "pad" in entry else None
-                return ProductWeight(*codec.decode_product(entry, parts), shape, entry["padding_idx"], pad)
-            return IntegerWeight(codec.decode_integer(entry, parts), shape)
-        except FormatError as error:
-            raise FormatError(f"{self.path}: {name}: {error}") from None
-
-
-def read(path: str | Path) -> File:
-    """Read and check a small file. Raises FormatError, OSError."""
-    tensors, plan = container.read(path)
-    manifest.check(plan, str(path))
-    return File(Path(path), plan, tensors)
-
-
 def inspect(path: str | Path) -> dict[str, Any]:
     """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as
     data.
     """
-    plan = container.read_manifest(path)
-    manifest.check(plan, str(path))
-    return {**plan, "size": SizeReport.of(path, plan).to_dict()}
-
-
-def register_builder(kind: str, builder: Builder) -> None:
-    """How `load` rebuilds models whose manifest says source.builder == kind: builder(source, assets, names)
-    -> dense model.
-
-    The source is whatever the file says: the builder has to check it. names: those of the file's weights,
-    and of the modules that were left out.
-    """
-    _BUILDERS[kind] = builder
+    content = container.read_manifest(path)
+    manifest.check(content, str(path))
+    return {**content, "size": SizeReport.of(path, content).to_dict()}
 
 
 def figures(model: nn.Module) -> dict[str, float]:
@@ -330,23 +234,6 @@ def figures(model: nn.Module) -> dict[str, float]:
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)
     return result
-
-
-def _build(file: File) -> nn.Module:
-    source = file.plan["source"]
-    kind = source.get("builder") if source else None
-    if kind is None:
-        raise UnsupportedError(
-            f"{file.path}: the file does not say how to build its model; pass a fresh dense one: load(path, "
-            "model=...)"
-        )
-    if not isinstance(kind, str) or kind not in _BUILDERS:
-        raise FormatError(
-            f"{file.path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is "
-            "fairseq installed?"
-        )
-    with file.named():
-        return _BUILDERS[kind](source, file.assets, file.names)
 
 
 def _view_of(match: Match) -> WeightView | None:

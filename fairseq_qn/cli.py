@@ -18,6 +18,7 @@ from fairseq_qn import api
 from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.errors import QNError, UnsupportedError, one_line
 from fairseq_qn.report import SizeReport, mb, table
+from fairseq_qn.schemes import SCHEMES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,9 +125,9 @@ def inspect(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     """Read a whole file, check every digest, and build its model where the file says how."""
     file = api.read(args.file)
-    parts = file.plan["tensors"]
+    parts = file.manifest["tensors"]
     built = "not built: the file does not say how"
-    if file.plan["source"]:
+    if file.manifest["source"]:
         model = file.load(args.mode)
         built = f"built {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} dense weights"
     result = {
@@ -226,11 +227,7 @@ def _row(name: str, size: int, data: dict[str, Any]) -> tuple[str, str, str, str
     if entry is None:
         record = data["tensors"][name]
         return name, record["dtype"], "x".join(map(str, record["shape"])) or "-", f"{size:,}"
-    how = (
-        f"int{entry['bits']}"
-        if entry["scheme"] == "integer"
-        else f"PQ d{entry['block_size']} K{entry['n_centroids']}"
-    )
+    how = SCHEMES[entry["scheme"]].label(entry)
     return name, how, "x".join(map(str, entry["shape"])), f"{size:,}"
 
 

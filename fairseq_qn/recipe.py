@@ -8,20 +8,20 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fairseq_qn.errors import RecipeError
+from fairseq_qn.fairseq_yaml import from_fairseq_yaml
+from fairseq_qn.lines import mapping, one_of, only, pattern, sequence
+from fairseq_qn.schemes import SCHEMES
+from fairseq_qn.schemes.base import Scheme
 
 VERSION = 1
-MAX_CENTROIDS = 65_536
-MAX_BLOCK_SIZE = 4096
-# and their own lines
-SCHEMES = {"product": ("block_size", "n_centroids"), "integer": ("bits", "granularity", "group_size")}
 NOISE_KINDS = ("none", "proxy", "exact")
-GRANULARITIES = ("tensor", "channel", "group")
 MODULE_TYPES = ("Linear", "Embedding", "Conv2d")
 
 
@@ -52,18 +52,12 @@ class Rule:
     """How the layers whose whole name matches the regular expression `layers` are quantised."""
 
     layers: str
-    scheme: str
+    scheme: Scheme
     stage: str
-    block_size: int = 8
-    n_centroids: int = 256
-    bits: int = 8
-    granularity: str = "channel"
-    group_size: int = 64
     noise: Noise | None = None  # None: the recipe's
     module: str | None = None  # only layers of this type
-    where: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # only layers with these attributes, e.g. in_features: 512
+    # only layers with these attributes, e.g. in_features: 512
+    where: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: bool = False  # may match nothing
 
     def takes(self, names: list[str], module: object) -> bool:
@@ -114,7 +108,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `load` reads back to an equal recipe."""
-        rules = [_without_defaults(rule) for rule in self.rules]
+        rules = [_rule_lines(rule) for rule in self.rules]
         stages = [
             _without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages
         ]
@@ -134,39 +128,6 @@ class Recipe:
     def noise_of(self, rule: Rule) -> Noise:
         """The noise of a rule: its own, or the recipe's."""
         return self.noise if rule.noise is None else rule.noise
-
-
-def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
-    """fairseq's iPQ configuration as a recipe: a stage for each entry of layers_to_quantize.
-
-    Doubled backslashes, as in fairseq's shipped example, are read as one: no module name holds a backslash.
-    Patterns must match whole names. Block sizes come from `block_sizes` by attribute or by part of the name.
-    """
-    _only(data, ("layers_to_quantize", "block_sizes", "n_centroids"), "fairseq's configuration")
-    rules, stages = [], []
-    patterns = data["layers_to_quantize"]
-    for index, pattern in enumerate(
-        _list([patterns] if isinstance(patterns, str) else patterns, "layers_to_quantize")
-    ):
-        stage = f"step{index}"
-        stages.append(stage)
-        pattern = str(pattern).replace("\\\\", "\\")
-        sizes, counts = (_mapping(data.get(key) or {}, key) for key in ("block_sizes", "n_centroids"))
-        for module in sizes:
-            count_cases = _fairseq_cases(counts, module) if module in counts else [("", {}, 256)]
-            for name, where, size in _fairseq_cases(sizes, module, "block_sizes"):
-                for count_name, count_where, count in count_cases:
-                    layers = (
-                        "".join(f"(?=.*{re.escape(part)})" for part in (name, count_name) if part) + pattern
-                    )
-                    rules.append(
-                        {
-                            "layers": layers, "scheme": "product", "stage": stage, "module": module,
-                            "optional": True,
-                            "where": {**where, **count_where}, "block_size": size, "n_centroids": count,
-                        }
-                    )  # fmt: skip
-    return {"version": VERSION, "rules": rules, "stages": stages}
 
 
 def short_recipe(p: float, block_size: int, bits: int | None = None) -> Recipe:
@@ -201,20 +162,21 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _recipe(data: Mapping[str, Any]) -> Recipe:
-    _only(data, ("version", "noise", "rules", "keep", "stages"), "recipe")
+    only(data, ("version", "noise", "rules", "keep", "stages"), "recipe")
     if data.get("version") != VERSION:
         raise RecipeError(f"version: expected {VERSION}, found {data.get('version')!r}")
     noise = _noise(data.get("noise"), "noise")
-    entries = _list(data.get("rules"), "rules")
+    entries = sequence(data.get("rules"), "rules")
     if not entries:
         raise RecipeError("rules: expected at least one rule, found none")
     rules = tuple(_rule(entry, f"rules[{i}]") for i, entry in enumerate(entries))
     named = list(dict.fromkeys(rule.stage for rule in rules))
     stages = tuple(
-        _stage(entry, f"stages[{i}]") for i, entry in enumerate(_list(data.get("stages") or named, "stages"))
+        _stage(entry, f"stages[{i}]")
+        for i, entry in enumerate(sequence(data.get("stages") or named, "stages"))
     )
     keep = tuple(
-        _pattern(entry, f"keep[{i}]") for i, entry in enumerate(_list(data.get("keep") or [], "keep"))
+        pattern(entry, f"keep[{i}]") for i, entry in enumerate(sequence(data.get("keep") or [], "keep"))
     )
     order = [stage.name for stage in stages]
     if len(set(order)) < len(order):
@@ -229,58 +191,36 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
 
 
 def _rule(data: Any, where: str) -> Rule:
-    _only(data, [f.name for f in fields(Rule)], where)
+    own = {name: [f.name for f in fields(scheme)] for name, scheme in SCHEMES.items()}
+    common = [f.name for f in fields(Rule)]
+    only(data, dict.fromkeys([*common[:3], *chain(*own.values()), *common[3:]]), where)
     for key in ("layers", "scheme"):
         if key not in data:
             raise RecipeError(f"{where}: `{key}` is missing")
-    if data["scheme"] not in list(SCHEMES):  # of any type
-        raise RecipeError(f"{where}.scheme: expected one of {list(SCHEMES)}, found {data['scheme']!r}")
-    values = {
-        **data,
-        "layers": _pattern(data["layers"], f"{where}.layers"),
-        "stage": str(data.get("stage", "all")),
-    }
+    name = one_of(data["scheme"], SCHEMES, f"{where}.scheme")
+    pattern(data["layers"], f"{where}.layers")
     if foreign := _foreign(data):
-        raise RecipeError(
-            f"{where}: {', '.join(foreign)}: not of scheme {data['scheme']}; take it out, or change the "
-            "scheme"
-        )
+        todo = "take it out, or change the scheme"
+        raise RecipeError(f"{where}: {', '.join(foreign)}: not of scheme {name}; {todo}")
+    lines = {key: data[key] for key in common if key in data}
+    lines |= {"stage": str(data.get("stage", "all")), "noise": None}
     if data.get("noise") is not None:
-        values["noise"] = _noise(data["noise"], f"{where}.noise")
-    for key, low, high in (
-        ("block_size", 1, MAX_BLOCK_SIZE),
-        ("n_centroids", 2, MAX_CENTROIDS),
-        ("bits", 2, 8),
-        ("group_size", 1, 65536),
-    ):
-        value = values.get(key, low)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise RecipeError(
-                f"{where}.{key}: expected a whole number from {low} to {high}, found {value!r}"
-            )
-    if values.get("granularity", "tensor") not in GRANULARITIES:
-        raise RecipeError(
-            f"{where}.granularity: expected one of {list(GRANULARITIES)}, found {values['granularity']!r}"
-        )
-    if values.get("module") not in (None, *MODULE_TYPES):
-        raise RecipeError(
-            f"{where}.module: expected one of {list(MODULE_TYPES)}, found {values['module']!r}"
-        )
-    _mapping(values.get("where", {}), f"{where}.where")
-    if not isinstance(values.get("optional", False), bool):
-        raise RecipeError(f"{where}.optional: expected true or false, found {values['optional']!r}")
-    return Rule(**values)
+        lines["noise"] = _noise(data["noise"], f"{where}.noise")
+    lines["scheme"] = SCHEMES[name].parse({key: data[key] for key in own[name] if key in data}, where)
+    if data.get("module") is not None:
+        one_of(data["module"], MODULE_TYPES, f"{where}.module")
+    mapping(data.get("where", {}), f"{where}.where")
+    if not isinstance(data.get("optional", False), bool):
+        raise RecipeError(f"{where}.optional: expected true or false, found {data['optional']!r}")
+    return Rule(**lines)
 
 
 def _foreign(rule: Mapping[str, Any]) -> list[str]:
     """Lines of a rule that belong to other schemes than its own."""
-    return [
-        key
-        for scheme, keys in SCHEMES.items()
-        if scheme != rule.get("scheme")
-        for key in keys
-        if key in rule
-    ]
+    name = rule.get("scheme")
+    own = {f.name for f in fields(SCHEMES[name])} if name in list(SCHEMES) else ()
+    others = (f.name for other, scheme in SCHEMES.items() if other != name for f in fields(scheme))
+    return [key for key in dict.fromkeys(others) if key in rule and key not in own]
 
 
 def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -296,10 +236,9 @@ def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
 def _noise(data: Any, where: str) -> Noise:
     if data is None:
         return Noise()
-    _only(data, ("kind", "p", "refresh"), where)
+    only(data, ("kind", "p", "refresh"), where)
     kind = data.get("kind")
-    if kind not in NOISE_KINDS:
-        raise RecipeError(f"{where}.kind: expected one of {list(NOISE_KINDS)}, found {kind!r}")
+    one_of(kind, NOISE_KINDS, f"{where}.kind")
     if kind != "none" and "p" not in data:
         raise RecipeError(f"{where}.p: expected the probability of {kind} noise, found none")
     p, refresh = data.get("p", 0.0), data.get("refresh", "epoch")
@@ -320,7 +259,7 @@ def _noise(data: Any, where: str) -> Noise:
 def _stage(data: Any, where: str) -> Stage:
     if not isinstance(data, Mapping):
         return Stage(str(data))
-    _only(data, ("name", "update", "epoch"), where)
+    only(data, ("name", "update", "epoch"), where)
     at = [data[key] for key in ("update", "epoch") if key in data]
     if "name" not in data or len(at) > 1 or any(type(n) is not int or n < 0 for n in at):
         raise RecipeError(
@@ -329,45 +268,13 @@ def _stage(data: Any, where: str) -> Stage:
     return Stage(str(data["name"]), **{key: data[key] for key in data if key != "name"})
 
 
-def _pattern(value: Any, where: str) -> str:
-    try:
-        re.compile(value)
-    except (re.error, TypeError) as error:
-        raise RecipeError(f"{where}: not a regular expression: {value!r}: {error}") from None
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{where}: expected a list, found {value!r}")
-    return value
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{where}: expected a mapping, found {value!r}")
-    return value
-
-
-def _only(data: Any, known: list[str] | tuple[str, ...], where: str) -> None:
-    unknown = sorted(map(str, set(_mapping(data, where)) - set(known)))
-    if unknown:
-        raise RecipeError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-
-
-def _fairseq_cases(
-    entries: Mapping[str, Any], module: str, where: str = "n_centroids"
-) -> list[tuple[str, dict[str, Any], int]]:
-    """(part of the name, attributes, value) of one {key, value} entry; the "*" case last, so that the first
-    match wins.
-    """
-    entry = _mapping(entries[module], f"{where}.{module}")
-    if not isinstance(entry.get("key"), str) or not isinstance(entry.get("value"), Mapping):
-        raise RecipeError(f"{where}.{module}: expected {{key: NAME, value: {{...}}}}, found {entry!r}")
-    key, cases = entry["key"], sorted(entry["value"].items(), key=lambda item: item[0] == "*")
-    if key == "fuzzy_name":
-        return [("" if part == "*" else str(part), {}, value) for part, value in cases]
-    return [("", {} if part == "*" else {key: part}, value) for part, value in cases]
+def _rule_lines(rule: Rule) -> dict[str, Any]:
+    """The lines of a rule, those of its scheme after its stage."""
+    first, rest = (
+        {"layers": rule.layers, "scheme": rule.scheme.name, "stage": rule.stage},
+        _without_defaults(rule),
+    )
+    return first | _without_defaults(rule.scheme) | {key: rest[key] for key in rest if key not in first}
 
 
 def _plain(value: Any) -> str:

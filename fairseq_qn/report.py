@@ -9,7 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fairseq_qn.artifact import streams
 from fairseq_qn.artifact.header import record_bytes
+from fairseq_qn.schemes import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,20 @@ class SizeReport:
         parts = {"codes": 0, "codebooks": 0, "dense": 0, "assets": 0}
         layers: dict[str, int] = {}
         dense_bytes = 0
-        owner = {
-            f"{name}/{part}": name
-            for name in manifest["layers"]
-            for part in ("codes", "codebook", "pad", "levels", "scale", "zero")
+        layer_of = {
+            f"{name}/{part}": (
+                name,
+                "codes" if part in SCHEMES[entry["scheme"]].coded_parts else "codebooks",
+            )
+            for name, entry in manifest["layers"].items()
+            for part in streams.layout(entry, torch.float32)
         }
         for name, record in manifest["tensors"].items():
             size = record_bytes(record)
-            if name in owner:
-                parts["codes" if name.endswith(("/codes", "/levels")) else "codebooks"] += size
-                layers[owner[name]] = layers.get(owner[name], 0) + size
+            if name in layer_of:
+                layer, part = layer_of[name]
+                parts[part] += size
+                layers[layer] = layers.get(layer, 0) + size
             elif name.startswith("asset:"):
                 parts["assets"] += size
             else:

@@ -32,6 +32,9 @@ FORBIDDEN = {
 # fmt: on
 
 
+AUTOGRAD = ("forward", "setup_context", "backward", "jvp", "vmap")
+
+
 def tracked() -> list[str]:
     """Paths of the files under version control; of all files where there is no repository."""
     if (ROOT / ".git").exists():
@@ -76,7 +79,7 @@ def undocumented(text: str) -> list[str]:
             bare = [a.arg for a in args if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
             lacks = [f"annotation of {a}" for a in bare] + ["return annotation"] * (node.returns is None)
             # forward and backward of an autograd Function are described by the class
-            if ast.get_docstring(node) is None and not (prefix and node.name in ("forward", "backward")):
+            if ast.get_docstring(node) is None and not (prefix and node.name in AUTOGRAD):
                 lacks.append("docstring")
             found.extend(f"{prefix}{node.name}: no {what}" for what in lacks)
 

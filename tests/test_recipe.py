@@ -15,6 +15,8 @@ from torch import nn
 import fairseq_qn
 from fairseq_qn.errors import NoLayerMatched, RecipeError
 from fairseq_qn.recipe import Noise, Recipe, Rule, Stage, short_recipe
+from fairseq_qn.schemes.integer import GRANULARITIES, Integer
+from fairseq_qn.schemes.product import Product
 
 RULE = {"layers": ".*fc1", "scheme": "product"}
 
@@ -37,16 +39,16 @@ def proxy(p: Any, **more: Any) -> dict[str, Any]:
 
 
 LEGAL = [
-    (recipe(), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),))),
-    (recipe(keep=["a", "b"]), Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),), ("a", "b"))),
+    (recipe(), Recipe((Rule(".*fc1", Product(), "all"),), (Stage("all"),))),
+    (recipe(keep=["a", "b"]), Recipe((Rule(".*fc1", Product(), "all"),), (Stage("all"),), ("a", "b"))),
     (
         recipe(keep=None, stages=None, noise=None),
-        Recipe((Rule(".*fc1", "product", "all"),), (Stage("all"),)),
+        Recipe((Rule(".*fc1", Product(), "all"),), (Stage("all"),)),
     ),
     (
         recipe(noise={"kind": "proxy", "p": 0.1}, stages=[{"name": "all", "update": 0}]),
         Recipe(
-            (Rule(".*fc1", "product", "all"),), (Stage("all", update=0),), (), Noise("proxy", ((0, 0.1),))
+            (Rule(".*fc1", Product(), "all"),), (Stage("all", update=0),), (), Noise("proxy", ((0, 0.1),))
         ),
     ),
     (
@@ -55,7 +57,7 @@ LEGAL = [
             stages=[{"name": "all", "epoch": 3}],
         ),
         Recipe(
-            (Rule(".*fc1", "product", "all"),),
+            (Rule(".*fc1", Product(), "all"),),
             (Stage("all", epoch=3),),
             (),
             Noise("exact", ((0, 0.0), (100, 0.5)), 7),
@@ -66,7 +68,7 @@ LEGAL = [
             scheme="integer", bits=4, granularity="group", group_size=32, stage=5, noise={"kind": "none"}
         ),
         Recipe(
-            (Rule(".*fc1", "integer", "5", bits=4, granularity="group", group_size=32, noise=Noise()),),
+            (Rule(".*fc1", Integer(4, "group", 32), "5", noise=Noise()),),
             (Stage("5"),),
         ),
     ),
@@ -78,10 +80,8 @@ LEGAL = [
             (
                 Rule(
                     ".*fc1",
-                    "product",
+                    Product(9, 65_536),
                     "all",
-                    9,
-                    65_536,
                     module="Conv2d",
                     where={"kernel_size": [3, 3]},
                     optional=True,
@@ -92,7 +92,7 @@ LEGAL = [
     ),
     (
         recipe(rules=[RULE | {"stage": "b"}, RULE | {"stage": "a"}, RULE | {"stage": "b"}]),
-        Recipe(tuple(Rule(".*fc1", "product", s) for s in "bab"), (Stage("b"), Stage("a"))),
+        Recipe(tuple(Rule(".*fc1", Product(), s) for s in "bab"), (Stage("b"), Stage("a"))),
     ),
 ]
 
@@ -114,26 +114,20 @@ def test_legal_recipes_and_their_round_trips(data: dict[str, Any], expected: Rec
         assert Recipe.load(source) == loaded
 
 
-OWN = {
-    "product": {"block_size": st.integers(1, 4096), "n_centroids": st.integers(2, 65_536)},
-    "integer": {"bits": st.integers(2, 8), "granularity": st.sampled_from(["tensor", "channel", "group"]),
-                "group_size": st.integers(1, 65_536)},
-}  # fmt: skip
-
-
-def rules_of(scheme: str) -> st.SearchStrategy[Rule]:
-    noise = st.none() | st.builds(Noise, st.sampled_from(["none", "proxy", "exact"]), st.just(((0, 0.5),)))
-    return st.builds(
-        Rule, st.sampled_from(["a", ".*"]), st.just(scheme), st.just("s"), optional=st.booleans(),
-        noise=noise,
-        module=st.sampled_from([None, "Linear"]), **OWN[scheme],
-    )  # fmt: skip
+SCHEMES = st.builds(Product, st.integers(1, 4096), st.integers(2, 65_536)) | st.builds(
+    Integer, st.integers(2, 8), st.sampled_from(GRANULARITIES), st.integers(1, 65_536)
+)
+NOISES = st.builds(Noise, st.sampled_from(["none", "proxy", "exact"]), st.just(((0, 0.5),)))
+RULES = st.builds(
+    Rule, st.sampled_from(["a", ".*"]), SCHEMES, st.just("s"), st.none() | NOISES,
+    st.sampled_from([None, "Linear"]), optional=st.booleans(),
+)  # fmt: skip
 
 
 @given(
     st.builds(
         Recipe,
-        st.lists(rules_of("product") | rules_of("integer"), min_size=1, max_size=3).map(tuple),
+        st.lists(RULES, min_size=1, max_size=3).map(tuple),
         st.builds(Stage, st.just("s"), st.none() | st.integers(0, 9)).map(lambda s: (s,)),
         st.sampled_from([(), ("x", "y.*")]),
         st.builds(
@@ -152,7 +146,7 @@ def test_a_checkpoints_recipe_of_before_lines_of_other_schemes_were_refused() ->
         '"scheme":"product","stage":"all","bits":4},{"layers":"x","scheme":"integer","stage":"all","block_size":4}],'
         '"keep":[],"stages":["all"]}'
     )
-    rules = (Rule(".*fc1", "product", "all"), Rule("x", "integer", "all"))
+    rules = (Rule(".*fc1", Product(), "all"), Rule("x", Integer(), "all"))
     assert Recipe.load(text) == Recipe(rules, (Stage("all"),), (), Noise(p=((0, 0.1),)))
     with pytest.raises(RecipeError, match=r"rules\[0\]: bits: not of scheme product"):
         Recipe.load(json.loads(text))
@@ -319,7 +313,8 @@ def test_fairseqs_own_yaml_matches_every_layer_that_it_names() -> None:
     model = language_model()
     coverage = fairseq_qn.apply(model, loaded)
     found = {
-        name: (rule.stage, rule.block_size, rule.n_centroids) for name, (rule, _) in coverage.matched.items()
+        name: (rule.stage, rule.scheme.block_size, rule.scheme.n_centroids)
+        for name, (rule, _) in coverage.matched.items()
     }
     expected = {}
     for i in range(2):
@@ -345,7 +340,7 @@ def test_fairseqs_yaml_by_attribute() -> None:
     del data["n_centroids"]["Embedding"]
     matched = fairseq_qn.apply(language_model(), data).matched
     sizes = {
-        name.removeprefix("decoder."): (rule.block_size, rule.n_centroids)
+        name.removeprefix("decoder."): (rule.scheme.block_size, rule.scheme.n_centroids)
         for name, (rule, _) in matched.items()
     }
     assert sizes["layers.0.fc1.weight"] == (4, 5) and sizes["layers.0.fc2.weight"] == (16, 7)
@@ -388,4 +383,4 @@ def test_the_short_recipe() -> None:
     assert {rule.stage for rule, _ in coverage.matched.values()} == {"ffn", "emb", "attn"}
     assert len(coverage.matched) == 4 + 6 + 8
     assert short_recipe(0.1, 8).noise == Noise("proxy", ((0, 0.1),))
-    assert {rule.scheme for rule in short_recipe(0.1, 1, bits=4).rules} == {"integer"}
+    assert {rule.scheme.name for rule in short_recipe(0.1, 1, bits=4).rules} == {"integer"}

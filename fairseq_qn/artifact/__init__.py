@@ -1,1 +1,1 @@
-"""The small file: packed bits, the codec of each scheme, the manifest, and the container that holds them."""
+"""The small file: its header, the manifest, and the container that holds the tensors."""

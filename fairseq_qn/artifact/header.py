@@ -60,7 +60,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 PathLike = str | os.PathLike[str]
@@ -102,7 +102,7 @@ def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     for name, (dtype, shape) in specs.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise EncodeError(f"tensor {name!r}: expected a name other than '__metadata__'; rename it")
-        if dtype not in _NAMES:
+        if dtype not in NAMES:
             raise EncodeError(
                 f"tensor {name!r}: expected one of {', '.join(DTYPES)}, found {dtype}; convert it first"
             )
@@ -288,7 +288,7 @@ def _check_table(table: dict[str, Any], specs: Mapping[str, Spec], path: PathLik
 
 def _record(spec: Spec) -> dict[str, Any]:
     dtype, shape = spec
-    return {"dtype": _NAMES[dtype], "shape": list(shape)}
+    return {"dtype": NAMES[dtype], "shape": list(shape)}
 
 
 def _is_entry(entry: Any) -> bool:

@@ -4,10 +4,11 @@ version     of the format, 2; 1 is read as well
 producer    who wrote it
 recipe      the recipe, as Recipe.to_dict
 parts       dtype of the floating-point parts
-layers      name -> codec entry of each quantised weight
+layers      name -> entry of each quantised weight: what its scheme says of it
 exponents   name -> exponent of those dense tensors that have one
 ties        [[name, other owner, ...], ...]; the weight is stored under the first
 dropped     modules that were left out
+activations name of a module -> entry of what its input goes through; absent where there are none
 modules     kind -> names of the modules of that kind,
 where the model is not rebuilt from `source`; files of before have none
 assets      name -> {bytes, codec}: files that travel inside, each a uint8 tensor `asset:<name>`,
@@ -27,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_qn.artifact import codec, header
+from fairseq_qn.artifact import header, streams
 from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import BlockSizeError, FormatError
-from fairseq_qn.quant.blocks import check_block_size
-from fairseq_qn.recipe import GRANULARITIES, MAX_BLOCK_SIZE, MAX_CENTROIDS
+from fairseq_qn.errors import FormatError
+from fairseq_qn.quant.half import FLOATS
+from fairseq_qn.schemes import SCHEMES
 
 VERSION = header.VERSION
 ASSET = "asset:"
@@ -60,9 +61,9 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
             raise FormatError(
                 f"{path}: manifest.{key}: missing or of the wrong type; the file is damaged, fetch it again"
             )
-    if manifest["parts"] not in codec.FLOATS:
+    if manifest["parts"] not in FLOATS:
         raise FormatError(
-            f"{path}: manifest.parts: expected one of {list(codec.FLOATS)}, found {short(manifest['parts'])}"
+            f"{path}: manifest.parts: expected one of {list(FLOATS)}, found {short(manifest['parts'])}"
         )
     kinds = manifest.get("modules", {})
     names = [name for of_kind in kinds.values() for name in of_kind] if _are_lists(kinds) else [None]
@@ -173,7 +174,7 @@ def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     parts = {
         f"{name}/{part}"
         for name, entry in manifest["layers"].items()
-        for part in codec.layout(entry, torch.float32)
+        for part in streams.layout(entry, torch.float32)
     }
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
@@ -182,35 +183,14 @@ def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
     """What is wrong with a layer's entry, or None."""
     if not isinstance(entry, dict) or not _is_shape(entry.get("shape")):
         return "expected a shape of two or more sizes"
-    if entry.get("scheme") == "product":
-        bounds = {
-            "block_size": (1, MAX_BLOCK_SIZE),
-            "n_centroids": (1, MAX_CENTROIDS),
-            "exponent": (-1000, 1000),
-        }
-        padding = entry.get("padding_idx", -1)
-        legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
-        if "pad" in entry:
-            bounds["pad"], legal = bounds["exponent"], legal and padding is not None
-    elif entry.get("scheme") == "integer":
-        bounds, legal = (
-            {"bits": (2, 8), "group_size": (1, MAX_CENTROIDS)},
-            entry.get("granularity") in GRANULARITIES,
-        )
-    else:
+    scheme = next((own for name, own in SCHEMES.items() if name == entry.get("scheme")), None)
+    if scheme is None:
         return f"unknown scheme {short(entry.get('scheme'))}"
-    if not legal or any(
-        type(entry.get(k)) is not int or not low <= entry[k] <= high for k, (low, high) in bounds.items()
-    ):
-        return "a field is missing or out of range"
-    try:
-        if entry["scheme"] == "product":
-            check_block_size(entry["shape"], entry["block_size"], name)
-        wanted = codec.layout(entry, codec.FLOATS[manifest["parts"]])
-    except BlockSizeError as error:
-        return str(error)
+    if problem := scheme.check_entry(entry) or streams.check(entry):
+        return problem
+    wanted = streams.layout(entry, FLOATS[manifest["parts"]])
     for part, (dtype, shape) in wanted.items():
-        found, expected = manifest["tensors"].get(f"{name}/{part}"), [_dtype_name(dtype), list(shape)]
+        found, expected = manifest["tensors"].get(f"{name}/{part}"), [header.NAMES[dtype], list(shape)]
         if found is None or [found["dtype"], list(found["shape"])] != expected:
             shown = "none" if found is None else f"{found['dtype']} {found['shape']}"
             return f"{part}: expected {expected[0]} {expected[1]}, found {shown}"
@@ -244,10 +224,6 @@ def _check_names(manifest: Mapping[str, Any], path: str) -> None:
 
 def _is_shape(shape: Any) -> bool:
     return header.is_shape(shape) and len(shape) > 1 and min(shape) > 0
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}[dtype]
 
 
 def _are_lists(data: Any) -> bool:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError
-from fairseq_qn.modules.fill import Dropped
+from fairseq_qn.modules.dropped import Dropped
 
 _FILLER = re.compile(r"madeupword\d{4,}")  # fairseq pads a dictionary to a multiple of 8
 

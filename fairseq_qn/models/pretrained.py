@@ -52,7 +52,7 @@ def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | N
     generator interface.
     """
     file = api.read(find_file(path))
-    source = file.plan["source"] or {}
+    source = file.manifest["source"] or {}
     if source.get("builder") != "fairseq":
         raise UnsupportedError(
             f"{path}: not a model of fairseq's; load it with fairseq_qn.load(path, model=...)"

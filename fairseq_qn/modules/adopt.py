@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_qn.errors import MismatchError
-from fairseq_qn.modules.digest import broken, complete, problem
+from fairseq_qn.modules.digest import Found, broken, buffers_of, complete, found_in, problem
 from fairseq_qn.modules.view import FROZEN, WeightView
 
 
@@ -23,53 +23,48 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     """
     own = {stem: view for view in views for stem in _stems(view)}
     for stem in [key[:-5] for key in state if key[:-5] not in own and _is_phase(state, key)]:
-        name, found = _dense_key(stem), _found(state, stem)
-        if reason := broken(*found):
+        name, found = _dense_key(stem), found_in(state, stem)
+        if reason := broken(found):
             raise MismatchError(f"{name}: {reason}")
-        if int(found[0]) == FROZEN:
+        if int(found["phase"]) == FROZEN:
             raise MismatchError(
                 f"{name}: frozen in the checkpoint, but the recipe gives it no rule; use the recipe of the "
                 "checkpoint"
             )
-        _drop(state, stem)
+        _drop(state, stem, found)
     for stem, view in own.items():
-        wanted = {
-            f"{stem}{name[len(view.prefix) :]}": view.home._buffers[name] for name in view.buffer_names
-        }
-        found = _found(state, stem)
-        if found[0] is not None and (reason := broken(*found)):
+        found = found_in(state, stem)
+        if "phase" in found and (reason := broken(found)):
             raise MismatchError(f"{view.name}: {reason}")
-        reason = _misfit(view, wanted.get(f"{stem}codes"), *found)
+        reason = _misfit(view, found)
         if reason is None:
             complete(view, state, stem)
             continue
-        if found[0] is not None and int(found[0]) == FROZEN:
+        if "phase" in found and int(found["phase"]) == FROZEN:
             raise MismatchError(
                 f"{view.name}: frozen in the checkpoint, but {reason}; use the recipe of the checkpoint"
             )
-        _drop(state, stem)
-        state.update({key: buffer.clone() for key, buffer in wanted.items()})
+        _drop(state, stem, found)
+        state.update({stem + name: buffer.clone() for name, buffer in buffers_of(view).items()})
 
 
-def _found(state: dict[str, Any], stem: str) -> tuple[Any, Any, Any]:
-    """The state's (phase, codes, digest), each None where it is not there."""
-    return state.get(f"{stem}phase"), state.get(f"{stem}codes"), state.get(f"{stem}digest")
+def _drop(state: dict[str, Any], stem: str, found: Found) -> None:
+    for name in found:
+        del state[stem + name]
 
 
-def _drop(state: dict[str, Any], stem: str) -> None:
-    for name in ("phase", "codes", "digest"):
-        state.pop(f"{stem}{name}", None)
-
-
-def _misfit(view: WeightView, wanted: Tensor | None, phase: Any, codes: Any, digest: Any) -> str | None:
-    """Why the state's buffers do not fit this view, whose own codes are `wanted`, or None."""
-    if phase is None or (codes is None and wanted is not None):
-        return "its codes are missing"
-    if wanted is None and codes is not None:
+def _misfit(view: WeightView, found: Found) -> str | None:
+    """Why the state's buffers do not fit this view, or None."""
+    names = ("phase", *view.scheme.buffer_names)
+    if missing := [name for name in names if name not in found]:
+        return f"its {missing[-1]} are missing"
+    if found.keys() - {*names, "digest"}:
         return "it is quantised by another scheme"
-    if wanted is not None and (codes.shape != wanted.shape or codes.dtype != wanted.dtype):
-        return f"expected {wanted.dtype} codes {list(wanted.shape)}, found {codes.dtype} {list(codes.shape)}"
-    return problem(view, phase, codes, digest)
+    for name in view.scheme.buffer_names:
+        wanted, other = (f"{t.dtype} {name} {list(t.shape)}" for t in (view.buffer(name), found[name]))
+        if wanted != other:
+            return f"expected {wanted}, found {other}"
+    return problem(view, found)
 
 
 def _stems(view: WeightView) -> list[str]:

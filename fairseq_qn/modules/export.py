@@ -1,4 +1,11 @@
-"""A model with views -> the manifest and the tensors of its small file."""
+"""A model with views -> its small file. restore.py takes the same steps the other way round.
+
+names    under which name each weight is stored; ties; modules that are left out
+layers   each weight that has a view: by its scheme an entry and parts
+dense    every other tensor of the state dict, narrowed
+assets   files that travel inside, compressed
+file     manifest and tensors in one container
+"""
 
 from __future__ import annotations
 
@@ -9,31 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_qn.artifact import codec, container, manifest
+from fairseq_qn.artifact import container, header, manifest, streams
 from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
 from fairseq_qn.modules.kinds import kinds_of
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
-from fairseq_qn.quant import integer, product
+from fairseq_qn.quant.half import FLOATS, exponent_of, narrowed
 from fairseq_qn.recipe import Recipe
+from fairseq_qn.version import __version__
 
-PRODUCER = "fairseq_qn 0.1.0"
+PRODUCER = f"fairseq_qn {__version__}"
 Describe = Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the file of a model will hold: decided from shapes alone, frozen or not."""
+class Content:
+    """What the file of a model will hold, decided from shapes alone, frozen or not."""
 
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  # without entries of layers, and exponents
     views: dict[str, WeightView]  # by the name under which each is stored
     dense: dict[str, Tensor]
-    files: dict[str, Tensor]  # compressed, as they travel
+    files: dict[str, Tensor]  # `asset:<name>`, compressed, as they travel
 
     @property
     def dtype(self) -> torch.dtype:
         """Of codebooks and of Parameters that stay dense."""
-        return codec.FLOATS[self.manifest["parts"]]
+        return FLOATS[self.manifest["parts"]]
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
         """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding:
@@ -47,66 +55,100 @@ class Plan:
 
     def size(self) -> int:
         """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of
-        exponents.
+        exponents. Coders that choose their size make it smaller.
         """
-        layers, exponents = self.manifest["layers"], self.manifest["exponents"]
-        for name, view in self.views.items():
-            if view.phase == FROZEN and view.rule.scheme == "product":
-                layers[name]["exponent"] = codec.exponent_of(_codebook(view), self.dtype)
-            if "pad" in layers[name]:
-                layers[name]["pad"] = codec.exponent_of(_pad(view), self.dtype)
-        found = {
-            name: codec.exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()
-        }
-        exponents |= {name: exponent for name, exponent in found.items() if exponent}
-        specs = {
-            f"{n}/{part}": spec
-            for n, e in layers.items()
-            for part, spec in codec.layout(e, self.dtype).items()
-        }
-        for name, tensor in self.dense.items():
-            specs[name] = (self.dtype_of(tensor), tuple(tensor.shape))
-        specs |= {
-            manifest.ASSET + name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()
-        }
-        return container.predict_bytes(specs, self.manifest)
+        content = self._outline()
+        return container.predict_bytes(self._specs(content), content)
 
-    def encode(self) -> dict[str, Tensor]:
-        """The tensors of the file; completes the manifest's exponents."""
-        tensors: dict[str, Tensor] = {}
+    def check(self) -> None:
+        """Raise what `encode` would end in, before anything is packed: NonFiniteWeight, EncodeError, and
+        UnsupportedError for a file that no reader would take.
+        """
+        for view in self.views.values():
+            if not view.scheme.finite(view.weight.detach(), view):
+                todo = "nothing was written, save an earlier checkpoint"
+                raise NonFiniteWeight(f"{view.name}: frozen with NaN or Inf; {todo}")
+        for name, tensor in self.dense.items():
+            if tensor.dtype == torch.float64 and self.dtype_of(tensor) != torch.float64:
+                values = tensor.detach()
+                if not torch.equal(values.float().isfinite(), values.isfinite()):
+                    largest = f"{float(values.abs().max()):.1e}"
+                    raise EncodeError(
+                        f"{name}: expected values that fp32 holds, found {largest}; scale them down"
+                    )
+        content = self._outline()
+        stored = sum(map(header.nbytes, self._specs(content).values()))
+        for problem in (
+            manifest.layers_excess(content, stored),
+            manifest.assets_excess(content, self.files),
+        ):
+            if problem:
+                raise UnsupportedError(f"save: {problem}; use smaller blocks, carry less")
+
+    def encode(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(manifest, tensors) of the file, once every layer is frozen and `check` has passed."""
+        layers, exponents, tensors = {}, {}, {}
         for name, view in self.views.items():
-            entry = self.manifest["layers"][name]
-            parts = _encode(view, entry, self.dtype)
-            if not codec.all_finite(entry, parts):
-                raise NonFiniteWeight(
-                    f"{view.name}: frozen with NaN or Inf; nothing was written, save an earlier checkpoint"
-                )
+            entry, parts = streams.encoded(*view.scheme.encode(view.weight.detach(), view, self.dtype))
+            layers[name] = entry
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
-            tensors[name], exponent = codec.narrowed(tensor.detach(), self.dtype_of(tensor))
-            if tensor.dtype == torch.float64 and not torch.equal(
-                tensors[name].isfinite(), tensor.isfinite()
-            ):
-                largest = float(tensor.detach().abs().max())
-                raise EncodeError(
-                    f"{name}: expected values that fp32 holds, found {largest:.1e}; scale them down"
-                )
-            if exponent:
-                self.manifest["exponents"][name] = exponent
-        return tensors | {manifest.ASSET + name: data for name, data in self.files.items()}
+            tensors[name], exponent = narrowed(tensor.detach(), self.dtype_of(tensor))
+            exponents |= {name: exponent} if exponent else {}
+        return {**self.manifest, "layers": layers, "exponents": exponents}, tensors | self.files
+
+    def _outline(self) -> dict[str, Any]:
+        """The manifest as `encode` makes it, but for what packing alone can tell."""
+        layers = {
+            name: view.scheme.entry(view.weight.detach(), view, self.dtype, view.phase == FROZEN)
+            for name, view in self.views.items()
+        }
+        found = {name: exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()}
+        exponents = {name: exponent for name, exponent in found.items() if exponent}
+        return {**self.manifest, "layers": layers, "exponents": exponents}
+
+    def _specs(self, content: Mapping[str, Any]) -> dict[str, header.Spec]:
+        """(dtype, shape) of every tensor of the file."""
+        layouts = {name: streams.layout(entry, self.dtype) for name, entry in content["layers"].items()}
+        specs = {f"{name}/{part}": spec for name, layout in layouts.items() for part, spec in layout.items()}
+        specs |= {name: (self.dtype_of(tensor), tuple(tensor.shape)) for name, tensor in self.dense.items()}
+        return specs | {name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()}
 
 
-def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
-         assets: Mapping[str, bytes] | None = None,
-         source: Mapping[str, Any] | None = None) -> Plan:  # fmt: skip
+def content_of(
+    model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
+    assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None,
+) -> Content:  # fmt: skip
     """Decide what is stored under which name. Raises UnsupportedError for unknown `parts` or `drop`."""
-    if parts not in codec.FLOATS:
-        raise UnsupportedError(f"save: parts: expected one of {list(codec.FLOATS)}, found {parts!r}")
+    if parts not in FLOATS:
+        raise UnsupportedError(f"save: parts: expected one of {list(FLOATS)}, found {parts!r}")
     modules = dict(model.named_modules())
     for name in drop:
         if not name or name not in modules:
             raise UnsupportedError(f"save: drop: the model has no module {name!r}")
     dropped = tuple(f"{name}." for name in drop)
+    views, ties, buffers = _names(model, dropped)
+    source, files = _source(model, source, assets)
+    packed = {name: manifest.pack_asset(data) for name, data in files.items()}
+    content = {
+        "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
+        "ties": ties, "dropped": list(drop), "source": source,
+        "assets": {name: entry for name, (entry, _) in packed.items()},
+    }  # fmt: skip
+    if "builder" not in (source or {}):  # else the file's own model is built anew
+        content["modules"] = kinds_of(model, drop)
+    skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
+    state = model.state_dict(keep_vars=True)
+    dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
+    return Content(
+        content, views, dense, {manifest.ASSET + name: data for name, (_, data) in packed.items()}
+    )
+
+
+def _names(
+    model: nn.Module, dropped: tuple[str, ...]
+) -> tuple[dict[str, WeightView], list[list[str]], set[str]]:
+    """(views by the name under which each is stored, ties, names of the views' buffers)."""
     by_parameter = {id(view.weight): view for view in views_of(model)}
     views, ties, buffers = {}, [], set()
     for owners in owners_of(model):
@@ -115,35 +157,12 @@ def plan(model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequ
         if view is not None and keys:
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
-            stems = [
-                key[: -len(view.attribute)]
-                for owner in owners
-                if owner.module is view.home
-                for key in owner.keys
-            ]
+            own = (key for owner in owners if owner.module is view.home for key in owner.keys)
+            stems = [key[: -len(view.attribute)] for key in own]
             buffers |= {stem + name for stem in stems for name in view.buffer_names}
         if len(keys) > 1:
             ties.append(keys)
-    source, files = _source(model, source, assets)
-    packed = {name: manifest.pack_asset(data) for name, data in files.items()}
-    content = {
-        "version": manifest.VERSION,
-        "producer": PRODUCER,
-        "recipe": recipe.to_dict(),
-        "parts": parts,
-        "layers": {name: _entry(view) for name, view in views.items()},
-        "exponents": {},
-        "ties": ties,
-        "dropped": list(drop),
-        "source": source,
-        "assets": {name: entry for name, (entry, _) in packed.items()},
-    }
-    if "builder" not in (source or {}):  # else the file's own model is built anew
-        content["modules"] = kinds_of(model, drop)
-    skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
-    state = model.state_dict(keep_vars=True)
-    dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
-    return Plan(content, views, dense, {name: tensor for name, (_, tensor) in packed.items()})
+    return views, ties, buffers
 
 
 def _source(
@@ -155,30 +174,3 @@ def _source(
     own, files = describe() if describe else ({}, {})
     merged = {**own, **(source or {})}
     return merged or None, {**files, **(assets or {})}
-
-
-def _entry(view: WeightView) -> dict[str, Any]:
-    rule, shape = view.rule, view.weight.shape
-    if rule.scheme == "product":
-        pad = _pad(view)
-        return codec.product_entry(
-            shape, rule.block_size, view.n_centroids, view.padding_idx, pad is not None and bool(pad.any())
-        )
-    return codec.integer_entry(shape, rule.bits, rule.granularity, rule.group_size)
-
-
-def _encode(view: WeightView, entry: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    weight, rule = view.weight.detach(), view.rule
-    if rule.scheme == "product":
-        return codec.encode_product(entry, view.codes, _codebook(view), dtype, _pad(view))
-    return codec.encode_integer(
-        entry, integer.quantize(weight, rule.bits, rule.granularity, rule.group_size, view.name)
-    )
-
-
-def _codebook(view: WeightView) -> Tensor:
-    return product.codebook_of(view.weight.detach(), view.groups, view.rule.block_size).float()
-
-
-def _pad(view: WeightView) -> Tensor | None:
-    return None if view.padding_idx is None else view.weight.detach()[view.padding_idx]

@@ -15,9 +15,9 @@ import torch
 from fairseq_qn.errors import NonFiniteWeight
 from fairseq_qn.modules.digest import sign
 from fairseq_qn.modules.view import CODED, FLOAT, FROZEN, WeightView
-from fairseq_qn.quant import product
 from fairseq_qn.quant.kmeans import count_nonfinite
 from fairseq_qn.quant.noise import seed_of
+from fairseq_qn.schemes import base
 
 Progress = Callable[[Sequence[WeightView]], Iterable[WeightView]]
 
@@ -58,7 +58,7 @@ def refresh_views(
     """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means
     starts.
     """
-    views = [view for view in views if view.needs_codes and view.phase != FROZEN]
+    views = [view for view in views if view.needs_learning and view.phase != FROZEN]
     for view in views:
         _check_finite(view)
     reports = _learn_all(views, iterations, progress)
@@ -81,10 +81,7 @@ def refresh_due(views: Sequence[WeightView], update: int, micro: int = 0) -> Non
 
 def distortion(view: WeightView) -> float:
     """||W - W'||^2 / ||W||^2 of a view under its present codes or integers."""
-    weight = view.weight.detach()
-    norm = weight.double().pow(2).sum()
-    error = (weight.double() - view.quantized(weight).double()).pow(2).sum()
-    return float(error / norm) if norm > 0 else 0.0
+    return base.distortion(view.weight.detach(), view.quantized())
 
 
 def _check_finite(view: WeightView) -> None:
@@ -103,23 +100,22 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
     rank = torch.distributed.get_rank() if distributed else 0
     seconds: dict[str, float] = {}
     errors: dict[str, float] = {}
-    owner = _share_out(views, world)
+    learner = _share_out(views, world)
     for view in progress(views) if progress else views:
-        if owner[view.name] == rank:
+        if learner[view.name] == rank:
             began = time.perf_counter()
             errors[view.name] = _learn(view, iterations)
             seconds[view.name] = time.perf_counter() - began
     if distributed:
         for view in views:
-            if view.rule.scheme == "product":
-                torch.distributed.broadcast(view.codes, owner[view.name])
-                # a broadcast does not count as a write: tell caches that the codes changed
-                view.codes.add_(0)
-                sign(view)
+            for buffer in map(view.buffer, view.scheme.buffer_names):
+                torch.distributed.broadcast(buffer, learner[view.name])
+                buffer.add_(0)  # a broadcast does not count as a write: tell caches that it changed
+            sign(view)
         errors = _all_errors(views, errors)
     return [
         LayerReport(
-            v.name, v.rule.stage, v.rule.scheme, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0)
+            v.name, v.rule.stage, v.scheme.name, v.weight.numel(), errors[v.name], seconds.get(v.name, 0.0)
         )
         for v in views
     ]
@@ -138,28 +134,17 @@ def _all_errors(views: Sequence[WeightView], own: dict[str, float]) -> dict[str,
 
 def _share_out(views: Sequence[WeightView], world: int) -> dict[str, int]:
     """The rank that learns each view: largest first, each to the rank with the least to do."""
-    load, owner = [0] * world, {}
+    load, learner = [0] * world, {}
     for view in sorted(views, key=lambda v: (-v.weight.numel(), v.name)):
         rank = load.index(min(load))
         load[rank] += view.weight.numel()
-        owner[view.name] = rank
-    return owner
+        learner[view.name] = rank
+    return learner
 
 
 def _learn(view: WeightView, iterations: int) -> float:
     """Learn a view's codes; returns its distortion."""
-    if view.rule.scheme != "product":
-        return distortion(view)
-    weight, rule, pad = view.weight.detach(), view.rule, view.padding_idx
-    start = (
-        None if view.phase == FLOAT else product.codebook_of(weight, view.groups, rule.block_size).float()
-    )
-    codes, clusters = product.learn(
-        weight, rule.block_size, view.n_centroids, padding_idx=pad, iterations=iterations,
-        seed=seed_of(view.clock.seed, view.name) % 2**63, start=start, name=view.name,
-    )  # fmt: skip
-    view.codes.copy_(codes)
+    seed, warm = seed_of(view.clock.seed, view.name) % 2**63, view.phase != FLOAT
+    error = view.scheme.learn(view.weight.detach(), view, warm, iterations, seed)
     sign(view)
-    # the pad row is exact
-    total = clusters.energy + (0.0 if pad is None else float(weight[pad].double().square().sum()))
-    return clusters.objective / total if total > 0 else 0.0
+    return error

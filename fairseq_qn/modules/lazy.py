@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.kernels import native
+from fairseq_qn.schemes.base import Stored
 
 aten = torch.ops.aten
 _PLAIN = (Tensor, nn.Parameter)
@@ -21,25 +22,13 @@ _WRITES = re.compile(
 )
 
 
-class Source(Protocol):
-    """What can stand for a weight."""
-
-    def decoded(self) -> Tensor:
-        """The weight, dense."""
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, weight, bias) without the dense weight, in the dtype of x; autograd must not record
-        it.
-        """
-
-
 class LazyWeight(Tensor):
     """Stands for a weight [out_features, in_features], or its transpose, of the shape, dtype and device of
     the dense one.
 
-    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are products by the source, with gradients of x and
-    b; every other operation gets the dense weight, but none may write to it. It has no storage: what reads
-    memory without torch has to ask for `decoded()` of the layer.
+    F.linear(x, w, b), x @ w.t() and addmm(b, x, w.t()) are computed by what is stored, with gradients of x
+    and b; every other operation gets the dense weight, but none may write to it. It has no memory of its
+    own: what reads memory without torch has to ask for `decoded()` of the layer.
 
     Products are caught above autograd (__torch_function__): the first call that reaches __torch_dispatch__
     makes torch import its distributed tensors, which takes longer than many an answer. What gets there gets
@@ -47,23 +36,21 @@ class LazyWeight(Tensor):
     """
 
     @staticmethod
-    def __new__(
-        cls, source: Source, shape: Sequence[int], like: Tensor, transposed: bool = False
-    ) -> LazyWeight:
-        shape = shape[::-1] if transposed else shape
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, stored: Stored, transposed: bool = False) -> LazyWeight:
+        shape = stored.shape[::-1] if transposed else stored.shape
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=stored.like.dtype, device=stored.like.device)
 
-    def __init__(self, source: Source, shape: Sequence[int], like: Tensor, transposed: bool = False) -> None:
-        self.source, self.weight_shape, self.like, self.transposed = source, shape, like, transposed
+    def __init__(self, stored: Stored, transposed: bool = False) -> None:
+        self.stored, self.transposed = stored, transposed
 
     def dense(self) -> Tensor:
         """What it stands for."""
-        weight = self.source.decoded()
+        weight = self.stored.dense()
         return weight.t() if self.transposed else weight
 
     def flipped(self) -> LazyWeight:
         """The transpose."""
-        return LazyWeight(self.source, self.weight_shape, self.like, not self.transposed)
+        return LazyWeight(self.stored, not self.transposed)
 
     def numpy(self, *, force: bool = False) -> Any:
         """As of the dense weight."""
@@ -86,7 +73,7 @@ class LazyWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _PRODUCTS:
-            found = _by_source(func, args, kwargs)
+            found = _by_stored(func, args, kwargs)
             return _with_dense(func, args, kwargs) if found is None else found
         if func in _TRANSPOSES:
             return (args[0] if args else kwargs["input"]).flipped()
@@ -112,28 +99,31 @@ class LazyWeight(Tensor):
         return args[0] if func is aten.detach.default else _with_dense(func, args, kwargs or {})
 
 
-class _Product(torch.autograd.Function):
-    """The product by a source, which decodes the weight once more for the gradient of x instead of keeping
-    it.
-    """
+class _Linear(torch.autograd.Function):
+    """The product by what is stored, decoded once more for the gradient of x instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, source: Source) -> Tensor:
-        ctx.source = source
-        return source.product(x, bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
+        ctx.stored = stored
+        return _linear(x, bias, stored)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, bias = ctx.needs_input_grad[:2]
         return (
-            grad @ ctx.source.decoded().to(grad.dtype) if x else None,
+            grad @ ctx.stored.dense().to(grad.dtype) if x else None,
             grad.reshape(-1, grad.shape[-1]).sum(0) if bias else None,
             None,
         )
 
 
-def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The product by the weight's source, or None where it is another kind of product."""
+def _linear(x: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
+    y = stored.linear(x, bias)
+    return F.linear(x, stored.dense().to(x.dtype), bias) if y is None else y
+
+
+def _by_stored(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The product by what is stored, or None where it is another kind of product."""
     roles, transposed = _PRODUCTS[func]
     given = dict(zip(roles, args)) | kwargs
     if len(given) != len(args) + len(kwargs) or not given.keys() <= roles.keys():
@@ -142,10 +132,11 @@ def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     x, weight, bias = (operands.get(role) for role in ("x", "weight", "bias"))
     if type(x) not in _PLAIN or type(weight) is not LazyWeight or not (bias is None or type(bias) in _PLAIN):
         return None
-    dtype = weight.like.dtype
+    like = weight.stored.like
+    dtype = like.dtype
     if _autocast_on("cpu"):
-        x, bias, dtype = _autocast(x), _autocast(bias), _autocast(weight.like).dtype
-    rank_2, (out_features, in_features) = "mat2" in roles, weight.weight_shape
+        x, bias, dtype = _autocast(x), _autocast(bias), _autocast(like).dtype
+    rank_2, (out_features, in_features) = "mat2" in roles, weight.stored.shape
     if (
         weight.transposed is not transposed
         or x.dim() == 0
@@ -155,7 +146,7 @@ def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         return None
     if (
         x.dtype != dtype
-        or x.device != weight.like.device
+        or x.device != like.device
         or x.layout != torch.strided
         or x.numel() == 0
         or native.watched()
@@ -166,8 +157,8 @@ def _by_source(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     ):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Product.apply(x, bias, weight.source)
-    return weight.source.product(x, bias)
+        return _Linear.apply(x, bias, weight.stored)
+    return _linear(x, bias, weight.stored)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:

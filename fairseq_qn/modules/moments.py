@@ -16,24 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fairseq_qn.modules.view import WeightView
-from fairseq_qn.quant import product
 
 # moment -> is it one of squares. Adam, AdamW, NAdam, RAdam of torch, the Adams of fairseq and apex; amsgrad
 # has the third
 MOMENTS = {"exp_avg": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
 # Parameter -> (what the optimizer has in its place, where it begins there)
 Masters = Mapping[Tensor, tuple[Tensor, int]]
-
-
-def projected(moment: Tensor, groups: product.Groups, block_size: int, *, squared: bool) -> Tensor:
-    """A moment of a dense weight -> that of each block's codeword; same shape and dtype, pad row as it
-    was.
-    """
-    codebook, pad = product.codebook_of(moment, groups, block_size), groups.padding_idx
-    if squared:
-        codebook = codebook / groups.counts.clamp(min=1).unsqueeze(1)
-    row = None if pad is None else moment[pad]
-    return product.decode(groups.codes, codebook, moment.shape, pad, row).to(moment.dtype)
 
 
 @torch.no_grad()
@@ -48,18 +36,18 @@ def project_moments(
     yet: nothing to do.
     """
     optimizers, masters = list(optimizers), masters or {}
-    owner = {
+    trained_by = {
         p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
     handled, left, kinds = [], 0, {type(optimizer).__name__ for optimizer in optimizers}
     for view in views:
-        if view.rule.scheme != "product":
+        if not view.scheme.shares_gradients:
             continue
         master, offset = masters.get(view.weight, (view.weight, 0))
-        if master not in owner:
+        if master not in trained_by:
             left += 1
             continue
-        state, defaults = owner[master].state.get(master, {}), owner[master].defaults
+        state, defaults = trained_by[master].state.get(master, {}), trained_by[master].defaults
         found = {
             key: state[key] for key in MOMENTS if getattr(state.get(key), "shape", None) == master.shape
         }
@@ -77,5 +65,5 @@ def _project(moment: Tensor, offset: int, view: WeightView, *, squared: bool) ->
     shape = view.weight.shape
     if moment.shape != shape:  # of a flat master
         moment = moment[offset : offset + view.weight.numel()].view(shape)
-    present = moment.to(view.codes.device)  # the state may be offloaded
-    moment.copy_(projected(present, view.groups, view.rule.block_size, squared=squared))
+    present = moment.to(view.weight.device)  # the state may be offloaded
+    moment.copy_(view.scheme.moment(present, view, squared=squared))

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -45,7 +44,7 @@ def boundaries(
     names = [stage.name for stage in recipe.stages]
     for unit, numbers, name in zip(("update", "epoch"), (updates, epochs), called, strict=True):
         if numbers is not None:
-            found: list[Any] = list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
+            found = list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
             whole = all(type(number) is int and number >= 0 for number in found)
             if not whole or len(found) != len(names) or found != sorted(found):
                 raise RecipeError(
@@ -161,8 +160,7 @@ class Stages:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.iterations, self.progress = model, iterations, progress
-        given: Any = optimizer
-        self.optimizers: list[Optimizer] = [*given] if isinstance(given, (list, tuple)) else [given]
+        self.optimizers = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
         clocks = clocks_of(model, self.optimizers, "Stages")
         self._clock, recipe = clocks[0], clocks[0].recipe
         if recipe is None or len(clocks) > 1:
@@ -183,7 +181,7 @@ class Stages:
         lead(clocks, self.optimizers[-1], update, self._begin_update)
         self._freeze()
         # the first epoch need not learn them again
-        lacking = any(view.needs_codes and view.phase == FLOAT for view in views_of(model))
+        lacking = any(view.needs_learning and view.phase == FLOAT for view in views_of(model))
         self._learned = update if lacking else -1
         refresh_due(list(views_of(model)), update, STARTED)
 

@@ -14,8 +14,7 @@ no forward writes to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -24,11 +23,12 @@ from torch import Tensor, nn
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
 from fairseq_qn.modules.clock import Clock, Time
-from fairseq_qn.modules.reading import read, refuse_tracing
-from fairseq_qn.quant import integer, noise, product
-from fairseq_qn.quant.blocks import check_block_size, codes_shape
+from fairseq_qn.quant.noise import seed_of
+from fairseq_qn.quant.reading import read
 from fairseq_qn.recipe import Noise, Rule
+from fairseq_qn.schemes.base import Draw
 
+T = TypeVar("T")
 FLOAT, CODED, FROZEN = 0, 1, 2
 SHARDED = (
     "views need whole Parameters, which FSDP and nn.DataParallel take apart; use DistributedDataParallel "
@@ -39,9 +39,9 @@ SHARDED = (
 class WeightView:
     """How one Parameter is read, by all modules that own it.
 
-    Its buffers `phase` (uint8 scalar), for product quantisation `codes` [out_features, blocks a row], and
-    `digest` of both are registered on `home`, the owner that the recipe matched, when the view is made;
-    state-dict keys are therefore the same in every phase.
+    Its buffers, `phase` (uint8 scalar), those of its scheme and a `digest` of them, are registered on
+    `home`, the module that the recipe matched, when the view is made; state-dict keys are therefore the same
+    in every phase. To its scheme it is a Site.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WeightView:
     ) -> None:
         weight = home._parameters[attribute]
         self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
-        self.attribute = attribute
+        self.scheme, self.attribute = rule.scheme, attribute
         # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.keys = (name,)
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
@@ -61,28 +61,18 @@ class WeightView:
         self._seen: tuple[Time | None, int] = (None, 0)
         self._watched = False
         _check_weight(weight, name)
-        if rule.scheme == "product":  # raises before anything is registered
-            check_block_size(weight.shape, rule.block_size, name)
-        else:
-            integer.ranges_shape(weight.shape, rule.granularity, rule.group_size, name)
+        self.scheme.check(weight.shape, name)  # raises before anything is registered
         for buffer in self.buffer_names:
             if hasattr(home, buffer):
                 raise UnsupportedError(
                     f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it"
                 )
         with torch.inference_mode(False):  # buffers that can be written to and used anywhere
-            home.register_buffer(
-                f"{self.prefix}phase", torch.tensor(FLOAT, dtype=torch.uint8, device=weight.device)
-            )
-            if rule.scheme == "product":
-                dtype = product.codes_dtype(self.n_centroids)
-                codes = torch.zeros(
-                    codes_shape(weight.shape, rule.block_size), dtype=dtype, device=weight.device
-                )
-                home.register_buffer(f"{self.prefix}codes", codes)
-            home.register_buffer(
-                f"{self.prefix}digest", torch.zeros(digest.SIZE, dtype=torch.int64, device=weight.device)
-            )
+            buffers = {"phase": torch.tensor(FLOAT, dtype=torch.uint8)}
+            buffers |= self.scheme.buffers(weight.shape, self.padding_idx)
+            buffers["digest"] = torch.zeros(digest.SIZE, dtype=torch.int64)
+            for buffer, tensor in buffers.items():
+                home.register_buffer(self.prefix + buffer, tensor.to(weight.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
@@ -96,15 +86,18 @@ class WeightView:
         return self.home._parameters[self.attribute]
 
     @property
-    def codes(self) -> Tensor:
-        """codes [out_features, blocks a row]; meaningful when CODED or FROZEN."""
-        return self.home._buffers[f"{self.prefix}codes"]
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.weight.shape
+
+    def buffer(self, name: str) -> Tensor:
+        """One of its buffers: `phase`, `digest`, or one of its scheme's, meaningful when CODED or FROZEN."""
+        return self.home._buffers[self.prefix + name]
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """Names of this view's buffers on `home`."""
-        names = ("phase", "codes", "digest") if self.rule.scheme == "product" else ("phase", "digest")
-        return tuple(self.prefix + name for name in names)
+        return tuple(self.prefix + name for name in ("phase", *self.scheme.buffer_names, "digest"))
 
     @property
     def buffer_keys(self) -> tuple[str, ...]:
@@ -112,35 +105,22 @@ class WeightView:
         return tuple(key[: -len(self.attribute)] + name for key in self.keys for name in self.buffer_names)
 
     @property
-    def n_centroids(self) -> int:
-        """K, clipped to the number of blocks."""
-        return product.n_codewords(
-            self.weight.shape, self.rule.block_size, self.rule.n_centroids, self.padding_idx
-        )
-
-    @property
     def phase(self) -> int:
         """FLOAT, CODED or FROZEN, as the buffer says."""
-        return self._derived(f"{self.prefix}phase", int)
+        return self.derived("phase", int)
 
     @phase.setter
     def phase(self, value: int) -> None:
-        self.home._buffers[f"{self.prefix}phase"].fill_(value)
+        self.buffer("phase").fill_(value)
         digest.sign(self)
 
-    @property
-    def groups(self) -> product.Groups:
-        """The blocks sorted by code."""
-        group = partial(product.Groups.of, n_centroids=self.n_centroids, padding_idx=self.padding_idx)
-        return self._derived(f"{self.prefix}codes", group)
-
-    def _derived(self, name: str, compute: Callable[[Tensor], Any]) -> Any:
+    def derived(self, name: str, compute: Callable[[Tensor], T]) -> T:
         """compute(buffer), kept until the buffer is replaced or written to: reading one on a GPU would wait
         for it.
 
         Raises ViewError where what was written is not what the digest says.
         """
-        buffer = self.home._buffers[name]
+        buffer = self.buffer(name)
         kept = self._cache.get(name)
         if kept is None or kept[0] is not buffer or kept[1] != buffer._version:
             digest.check(self)
@@ -165,14 +145,11 @@ class WeightView:
 
     def _value(self, weight: Tensor, training: bool) -> Tensor:
         if self.phase == FROZEN:
-            refuse_tracing(self.name)
-            if self.rule.scheme == "product":
-                project = partial(product.project, groups=self.groups, block_size=self.rule.block_size)
-                return read(weight, project, project)
-            return read(weight, self.quantized, None)
-        if not training or self._noise_kind == "none":
+            _refuse_tracing(self.name)
+            return self.scheme.frozen(weight, self)
+        if not training or self.noise.kind == "none":
             return weight
-        refuse_tracing(self.name)
+        _refuse_tracing(self.name)
         if not self.clock.started:
             self._watch(weight)
             return weight
@@ -180,9 +157,14 @@ class WeightView:
         p = self.noise.at(at[0])
         if p == 0:
             return weight
-        return read(
-            weight, partial(self._noised, p=p, at=at), self._untimed if self._is_stale(weight, at) else None
-        )
+        if self.needs_learning and self.phase == FLOAT:
+            raise ViewError(
+                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) "
+                "first"
+            )
+        seed = seed_of(self.clock.seed, *at, self.clock.rank, self.name)
+        value = self.scheme.noised(weight, self, Draw(self.noise.kind, p, seed))
+        return read(value, lambda noised: noised, self._untimed) if self._is_stale(weight, at) else value
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
         """Whether a read outside of any call draws a mask that served before the last step: no call moves it
@@ -214,46 +196,21 @@ class WeightView:
             "fairseq_qn.set_update(model, n)"
         )
 
-    def quantized(self, weight: Tensor) -> Tensor:
-        """phi(weight) of the scheme: exact, without noise. Product: by the present codes."""
-        if self.rule.scheme == "product":
-            return product.project(weight, self.groups, self.rule.block_size)
-        rule = self.rule
-        return integer.fake_quantize(weight, rule.bits, rule.granularity, rule.group_size, self.name)
+    def quantized(self) -> Tensor:
+        """phi(weight) of the scheme: exact, without noise or gradient, by what was learned."""
+        return self.scheme.quantized(self.weight.detach(), self)
 
     @property
-    def _noise_kind(self) -> str:
-        """Integers have a phi of their own, whatever kind of block noise the recipe asks for."""
-        return "exact" if self.rule.scheme == "integer" and self.noise.kind != "none" else self.noise.kind
+    def needs_learning(self) -> bool:
+        """Whether its noise draws on codes, which have to be learned first and refreshed."""
+        return self.scheme.needs_learning(self.noise.kind)
 
-    @property
-    def needs_codes(self) -> bool:
-        """Exact noise draws on codes, which have to be learned first and refreshed."""
-        return self.rule.scheme == "product" and self.noise.kind == "exact"
 
-    def _noised(self, weight: Tensor, p: float, at: Time) -> Tensor:
-        if self.needs_codes and self.phase == FLOAT:
-            raise ViewError(
-                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) "
-                "first"
-            )
-        if self._noise_kind == "exact" and noise.is_certain(p):
-            return self.quantized(weight)
-        seed, block_size = (
-            noise.seed_of(self.clock.seed, *at, self.clock.rank, self.name),
-            self.rule.block_size,
-        )
-        if self.rule.scheme == "integer":
-            masks, rule = noise.draws(weight.numel(), p, seed, weight.device), self.rule
-            return integer.fake_quantize_some(
-                weight, masks, rule.bits, rule.granularity, rule.group_size, self.name
-            )
-        mask = noise.bernoulli(weight.numel() // block_size, p, seed, weight.device)
-        if self._noise_kind == "proxy":
-            return noise.drop_blocks(weight, mask, block_size)
-        if weight.device.type == "cpu":
-            return product.project_some(weight, self.groups, block_size, mask)
-        return noise.replace_blocks(weight, self.quantized(weight), mask, block_size)
+def _refuse_tracing(name: str) -> None:
+    """Raise UnsupportedError while torch.jit records: it would keep the value and lose the view."""
+    if torch.jit.is_tracing():
+        todo = "save the model with fairseq_qn.save and trace what fairseq_qn.load gives"
+        raise UnsupportedError(f"{name}: torch.jit cannot trace a view; {todo}")
 
 
 def _check_weight(weight: Tensor, name: str) -> None:

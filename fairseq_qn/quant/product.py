@@ -126,6 +126,17 @@ def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     )
 
 
+def project_moment(moment: Tensor, groups: Groups, block_size: int, *, squared: bool) -> Tensor:
+    """A moment of Adam's -> that of each block's codeword: the mean of its |J| blocks, of squares the mean /
+    |J|. Same shape and dtype; the pad row stays as it was.
+    """
+    codebook, pad = codebook_of(moment, groups, block_size), groups.padding_idx
+    if squared:
+        codebook = codebook / groups.counts.clamp(min=1).unsqueeze(1)
+    row = None if pad is None else moment[pad]
+    return decode(groups.codes, codebook, moment.shape, pad, row).to(moment.dtype)
+
+
 def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) -> Tensor:
     """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the
     blocks.

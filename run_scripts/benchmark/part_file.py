@@ -99,7 +99,8 @@ def peers(path: Path, checkpoint: Path) -> dict[str, int]:
     import safetensors.torch
     import torch
 
-    from fairseq_qn.artifact import codec, container
+    from fairseq_qn.artifact import container
+    from fairseq_qn.schemes.product import Product
 
     def saved(state: dict[str, torch.Tensor]) -> int:
         buffer = io.BytesIO()
@@ -114,8 +115,8 @@ def peers(path: Path, checkpoint: Path) -> dict[str, int]:
     half = {name: tensor.half() for name, tensor in state.items()}
     theirs = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("asset:")}
     for name, entry in plan["layers"].items():
-        parts = {part: tensors[f"{name}/{part}"] for part in ("codes", "codebook")}
-        theirs[f"{name}/codes"] = codec.decode_product(entry, parts)[0].long()
+        parts = {part: tensors[f"{name}/{part}"] for part in Product.layout(entry, torch.float16)}
+        theirs[f"{name}/codes"] = Product.decode(entry, parts).codes.long()
     return {
         "torch.save fp32": saved(state), "torch.save fp16": saved(half),
         "safetensors fp16, zlib": len(zlib.compress(safetensors.torch.save(half))),

@@ -308,7 +308,7 @@ def differing(a: Any, b: Any, where: str = "") -> list[str]:
 def together(values: Tensor, view: WeightView) -> bool:
     """Whether all blocks of each codeword hold the same values, to the bit; the pad row aside."""
     kept = torch.arange(len(values)) != (-1 if view.padding_idx is None else view.padding_idx)
-    codes, blocks = view.codes[kept].flatten(), values[kept].reshape(-1, view.rule.block_size)
+    codes, blocks = view.buffer("codes")[kept].flatten(), values[kept].reshape(-1, view.scheme.block_size)
     return all(bool((blocks[codes == code] == blocks[codes == code][0]).all()) for code in codes.unique())
 
 

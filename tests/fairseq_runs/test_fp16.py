@@ -69,8 +69,8 @@ def test_masters_move_the_codebooks(runs: tuple[Run, Run]) -> None:
             and master.half().equal(view.weight)
             and not master.equal(view.weight.float())
         )
-        codebook = product.codebook_of(view.weight.float(), view.groups, view.rule.block_size)
-        expected = product.decode(view.codes, codebook, view.weight.shape).half()
+        codebook = product.codebook_of(view.weight.float(), view.scheme.groups(view), view.scheme.block_size)
+        expected = product.decode(view.buffer("codes"), codebook, view.weight.shape).half()
         if view.padding_idx is not None:
             expected[view.padding_idx] = view.weight[view.padding_idx].detach()
         assert view.home.weight.equal(expected)

@@ -181,7 +181,11 @@ def test_layers_to_keep(data, tmp_path: Path) -> None:
 def test_fairseqs_own_flags_are_a_short_recipe(kind: str, options: dict, data, tmp_path: Path) -> None:
     built = build(getattr(data, kind), options, FLAGS)
     found = recipe_of(built.model)
-    assert [(rule.block_size, rule.stage) for rule in found.rules] == [(8, "ffn"), (8, "emb"), (8, "attn")]
+    assert [(rule.scheme.block_size, rule.stage) for rule in found.rules] == [
+        (8, "ffn"),
+        (8, "emb"),
+        (8, "attn"),
+    ]
     assert found.noise.kind == "proxy" and found.noise.at(0) == found.noise.at(10**6) == 0.1
     hooks = {hook for module in built.model.modules() for hook in module._forward_pre_hooks.values()}
     assert {hook.__module__ for hook in hooks} == {"fairseq_qn.modules.clock"}, (
@@ -216,7 +220,9 @@ def test_the_short_recipe_through_a_run(data, tmp_path: Path) -> None:
 
 def test_scalar_noise_is_an_int8_recipe(data) -> None:
     built = build(data.lm, MLM, {"--quant-noise-scalar": 0.5})
-    assert {(rule.scheme, rule.bits) for rule in recipe_of(built.model).rules} == {("integer", 8)}
+    assert {(rule.scheme.name, rule.scheme.bits) for rule in recipe_of(built.model).rules} == {
+        ("integer", 8)
+    }
     fairseq_qn.set_update(built.model.train(), 1)
     for view in views_of(built.model):
         share = float((view.home.weight != view.weight).float().mean())

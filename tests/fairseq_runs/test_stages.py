@@ -92,8 +92,14 @@ def test_optimizer_runs_through(staged: Run) -> None:
     attention = {view.name: view for view in views_of(staged.model) if view.rule.stage == "attn"}
     assert held_back(before, after) == {*attention} and len(attention) == 8
     for name, view in attention.items():
-        sizes = view.groups.counts[view.codes.long()].repeat_interleave(view.rule.block_size, 1)
-        before[name] = product.project(before[name], view.groups, view.rule.block_size) / sizes
+        sizes = (
+            view.scheme.groups(view)
+            .counts[view.buffer("codes").long()]
+            .repeat_interleave(view.scheme.block_size, 1)
+        )
+        before[name] = (
+            product.project(before[name], view.scheme.groups(view), view.scheme.block_size) / sizes
+        )
     assert held_back(before, after) == set()
     assert sum(float(v.sum()) for v in before.values()) > 0
     for name, view in attention.items():

@@ -40,10 +40,11 @@ def test_a_dense_checkpoint_loads_strictly() -> None:
 def test_a_dense_checkpoint_makes_a_frozen_model_keep_its_codes_and_phase() -> None:
     model = viewed()
     fairseq_qn.freeze(model)
-    codes = {view.name: view.codes.clone() for view in views_of(model)}
+    codes = {view.name: view.buffer("codes").clone() for view in views_of(model)}
     load(model, state_of(Net(3)))
     assert all(
-        torch.equal(view.codes, codes[view.name]) and view.phase == FROZEN for view in views_of(model)
+        torch.equal(view.buffer("codes"), codes[view.name]) and view.phase == FROZEN
+        for view in views_of(model)
     )
 
 
@@ -99,7 +100,7 @@ def test_what_is_not_frozen_gives_way(other: str, phase: str) -> None:
     fairseq_qn.freeze(model)
     if other == "scheme":
         return
-    assert all(int(view.codes.max()) < view.n_centroids for view in views_of(model))
+    assert all(int(view.buffer("codes").max()) < view.scheme.n_codewords(view) for view in views_of(model))
 
 
 def test_integers_become_blocks_unless_they_are_frozen() -> None:

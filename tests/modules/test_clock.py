@@ -260,7 +260,7 @@ def test_knots_and_refreshes_go_by_steps() -> None:
         for _ in range(3):
             loss(model).backward()
         noises.append(view.noise.at(view.clock.update))
-        codes.append(view.codes.clone())
+        codes.append(view.buffer("codes").clone())
         with torch.no_grad():
             view.weight.normal_()
         optimizer.step()

@@ -29,8 +29,8 @@ def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def means(view: WeightView, values: Tensor) -> dict[int, Tensor]:
     """code -> mean of the blocks of `values` that have it, by a loop; the pad row left out."""
-    blocks = blocks_by_hand(view.weight, view.rule.block_size)
-    flat = view.codes.flatten().tolist()
+    blocks = blocks_by_hand(view.weight, view.scheme.block_size)
+    flat = view.buffer("codes").flatten().tolist()
     return {
         code: torch.stack(
             [
@@ -46,8 +46,10 @@ def means(view: WeightView, values: Tensor) -> dict[int, Tensor]:
 def codebook(view: WeightView) -> dict[int, Tensor]:
     """code -> what the network reads for it now."""
     seen = view.home.weight.detach()
-    blocks = blocks_by_hand(seen, view.rule.block_size)
-    rows = {c: b for c, b in zip(view.codes.flatten().tolist(), blocks) if b[0][0] != view.padding_idx}
+    blocks = blocks_by_hand(seen, view.scheme.block_size)
+    rows = {
+        c: b for c, b in zip(view.buffer("codes").flatten().tolist(), blocks) if b[0][0] != view.padding_idx
+    }
     return {code: torch.stack([seen[index] for index in block]) for code, block in sorted(rows.items())}
 
 
@@ -59,7 +61,7 @@ def test_every_reader_sees_cluster_means_and_the_pad_row_as_it_is() -> None:
     assert {report.name for report in reports} == {f"{name}.weight" for name in LAYERS}
     for view in views_of(model):
         expected = means(view, view.weight.detach())
-        assert 1 < len(expected) <= view.n_centroids
+        assert 1 < len(expected) <= view.scheme.n_codewords(view)
         for code, row in codebook(view).items():
             torch.testing.assert_close(row, expected[code])
         seen, stored = view.home.weight.detach(), view.weight.detach()
@@ -99,7 +101,7 @@ def test_the_gradient_of_a_codeword_is_the_mean_of_its_blocks_gradients_and_sgd_
             )
         spread = [
             view.weight.grad[index]
-            for block in blocks_by_hand(view.weight, view.rule.block_size)
+            for block in blocks_by_hand(view.weight, view.scheme.block_size)
             for index in block
         ]
         assert any(spread), view.name
@@ -124,7 +126,7 @@ def test_other_parameters_get_their_ordinary_gradient() -> None:
 def test_codes_stay_and_codebooks_learn() -> None:
     model = applied()
     fairseq_qn.freeze(model)
-    codes = {view.name: view.codes.clone() for view in views_of(model)}
+    codes = {view.name: view.buffer("codes").clone() for view in views_of(model)}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     first = float(loss(model))
     for _ in range(30):
@@ -133,11 +135,11 @@ def test_codes_stay_and_codebooks_learn() -> None:
         optimizer.step()
     assert float(loss(model)) < first - 0.1
     for view in views_of(model):
-        assert torch.equal(view.codes, codes[view.name])
-        assert len(codebook(view)) <= view.n_centroids
+        assert torch.equal(view.buffer("codes"), codes[view.name])
+        assert len(codebook(view)) <= view.scheme.n_codewords(view)
         seen = view.home.weight.detach()
         coded = torch.cat([seen[:PAD], seen[PAD + 1 :]]) if view.padding_idx is not None else seen
-        assert len(coded.reshape(-1, view.rule.block_size).unique(dim=0)) <= view.n_centroids
+        assert len(coded.reshape(-1, view.scheme.block_size).unique(dim=0)) <= view.scheme.n_codewords(view)
 
 
 def test_frozen_integers() -> None:
@@ -190,7 +192,7 @@ def test_codes_are_those_of_the_seed() -> None:
         fairseq_qn.apply(model, recipe(), seed=seed)
         torch.manual_seed(len(codes))
         fairseq_qn.freeze(model)
-        codes.append({view.name: view.codes for view in views_of(model)})
+        codes.append({view.name: view.buffer("codes") for view in views_of(model)})
     assert all(torch.equal(codes[0][n], codes[1][n]) for n in codes[0])
     assert any(not torch.equal(codes[0][n], codes[2][n]) for n in codes[0])
 
@@ -262,7 +264,7 @@ def test_half_precision_freezes_as_its_fp32_values(dtype: torch.dtype) -> None:
         fairseq_qn.apply(model, Recipe.load(recipe()))
         fairseq_qn.freeze(model)
     for a, b in zip(views_of(half), views_of(full)):
-        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.buffer("codes"), b.buffer("codes"))
         assert a.home.weight.dtype == dtype and torch.equal(a.home.weight, b.home.weight.to(dtype))
     half.embed.weight.sum().backward()
     assert half.embed._parameters["weight"].grad.dtype == dtype

@@ -86,7 +86,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["proxy", "exact"])
 def test_all_hold_the_codes_of_a_single_process(kind: str, ranks: list[dict[str, Any]]) -> None:
     single, reports = frozen(kind)
-    assert {view.codes.dtype for view in views_of(single)} == {torch.uint8, torch.int32}
+    assert {view.buffer("codes").dtype for view in views_of(single)} == {torch.uint8, torch.int32}
     for rank in (found[kind] for found in ranks):
         assert rank["frozen"] and rank["errors"] == {report.name: report.error for report in reports}
         assert all(torch.equal(tensor, rank["state"][name]) for name, tensor in single.state_dict().items())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_qn.kernels import native
-from fairseq_qn.modules.fill import ProductWeight
 from fairseq_qn.modules.lazy import LazyWeight
+from fairseq_qn.modules.packed import pack
+from fairseq_qn.schemes.product import StoredProduct
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="the kernel was not compiled at installation"
@@ -29,11 +30,10 @@ def table(pad: int | None = None, bias: bool = True) -> tuple[nn.Linear, Tensor]
     """A packed Linear and its dense weight."""
     torch.manual_seed(0)
     layer = nn.Linear(IN, OUT, bias=bias)
-    weight = ProductWeight(
-        torch.randint(0, 50, (OUT, 4), dtype=torch.uint8), torch.randn(50, 4), (OUT, IN), pad
-    )
+    codes = torch.randint(0, 50, (OUT, 4), dtype=torch.uint8)
+    weight = StoredProduct((OUT, IN), codes, torch.randn(50, 4), pad)
     dense = weight.dense()
-    weight.into(layer)
+    pack(layer, weight)
     return layer, dense
 
 
@@ -95,14 +95,14 @@ def test_products_never_see_the_dense_weight(
     name: str, mode: Callable[[], torch.inference_mode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, _ = table()
-    monkeypatch.delattr("fairseq_qn.modules.packed.decode")
+    monkeypatch.delattr("fairseq_qn.quant.product.decode")
     with mode():
         PRODUCTS[name](torch.randn(5, 3, IN), layer.weight, layer.bias)
 
 
 def test_the_shape_is_known_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, dense = table()
-    monkeypatch.delattr("fairseq_qn.modules.packed.decode")
+    monkeypatch.delattr("fairseq_qn.quant.product.decode")
     weight = layer.weight
     assert (
         weight.shape == dense.shape

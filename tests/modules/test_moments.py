@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import fairseq_qn
 from fairseq_qn.errors import UnsupportedError
-from fairseq_qn.modules.moments import projected
 from fairseq_qn.modules.view import FLOAT, WeightView, views_of
-from fairseq_qn.quant.product import Groups
+from fairseq_qn.quant.product import Groups, project_moment
 
 ADAMS: dict[str, Any] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
@@ -66,7 +65,7 @@ def test_projected_is_the_mean_of_the_cluster_over_its_size(
     pad = len(moment) // 2 if padded else None
     columns = moment[0].numel() // block_size
     codes = torch.randint(0, k, (len(moment), columns), generator=torch.Generator().manual_seed(seed)).byte()
-    result = projected(moment, Groups.of(codes, k, pad), block_size, squared=squared)
+    result = project_moment(moment, Groups.of(codes, k, pad), block_size, squared=squared)
     assert result.dtype == moment.dtype and result.shape == moment.shape
     if pad is not None:
         assert result[pad].equal(moment[pad])
@@ -112,7 +111,7 @@ def trained(make: Any, steps: int = 12, k: int = 4) -> tuple[Table, torch.optim.
 
 
 def codebooks(view: WeightView) -> dict[int, Tensor]:
-    groups = clusters(view.codes, view.rule.block_size, view.weight.shape, view.padding_idx)
+    groups = clusters(view.buffer("codes"), view.scheme.block_size, view.weight.shape, view.padding_idx)
     return {code: mean_block(view.weight.detach(), blocks) for code, blocks in groups.items()}
 
 
@@ -125,7 +124,7 @@ def test_as_an_adam_whose_parameters_are_the_codebooks(name: str) -> None:
     before = copy.deepcopy(optimizer.state_dict()["state"])
     fairseq_qn.freeze(model, optimizer=optimizer)
     for position, view in enumerate(views_of(model)):
-        groups = clusters(view.codes, view.rule.block_size, view.weight.shape, view.padding_idx)
+        groups = clusters(view.buffer("codes"), view.scheme.block_size, view.weight.shape, view.padding_idx)
         words = {code: nn.Parameter(word.float()) for code, word in codebooks(view).items()}
         reference = ADAMS[name](words.values())
         for blocks, word in zip(groups.values(), words.values(), strict=True):

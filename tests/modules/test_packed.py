@@ -12,12 +12,11 @@ from strategies import hostile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_qn.modules.conv import IntConv2d, PQConv2d
-from fairseq_qn.modules.embedding import IntEmbedding, PQEmbedding
-from fairseq_qn.modules.fill import IntegerWeight, ProductWeight
-from fairseq_qn.modules.linear import IntLinear, PQLinear
-from fairseq_qn.modules.packed import tie
+from fairseq_qn.modules.packed import Packed, pack, tie
 from fairseq_qn.quant import integer, product
+from fairseq_qn.schemes.base import Stored
+from fairseq_qn.schemes.integer import StoredIntegers
+from fairseq_qn.schemes.product import StoredProduct
 
 
 class Custom(nn.Linear):
@@ -34,24 +33,22 @@ MODULES = {
     "grouped": lambda: nn.Conv2d(8, 10, 3, groups=2),
     "custom": lambda: Custom(12, 10),
 }
-KINDS = {
-    "linear": (PQLinear, IntLinear), "embedding": (PQEmbedding, IntEmbedding),
-    "padded": (PQEmbedding, IntEmbedding),
-    "clipped": (PQEmbedding, IntEmbedding), "conv": (PQConv2d, IntConv2d), "conv1x1": (PQConv2d, IntConv2d),
-    "grouped": (PQConv2d, IntConv2d),
-}  # fmt: skip
-
 PRODUCTS = ("linear", "custom")  # which sum in another order than a dense one
 
 
-def weight_for(module: nn.Module, scheme: str, k: int = 7) -> ProductWeight | IntegerWeight:
+def integers_of(weight: Tensor, *how: Any) -> StoredIntegers:
+    found = integer.quantize(weight, *how)
+    return StoredIntegers(tuple(weight.shape), found.levels, found.scale, found.zero)
+
+
+def weight_for(module: nn.Module, scheme: str, k: int = 7) -> Stored:
     weight = module.weight.detach()
     block_size = 3 if weight.dim() == 2 or weight.shape[-1] == 1 else 9
     if scheme == "integer":
-        return IntegerWeight(integer.quantize(weight, 5, "group", 12), tuple(weight.shape))
+        return integers_of(weight, 5, "group", 12)
     pad = getattr(module, "padding_idx", None)
     codes, clusters = product.learn(weight, block_size, k, padding_idx=pad)
-    return ProductWeight(codes, clusters.codebook, tuple(weight.shape), pad)
+    return StoredProduct(tuple(weight.shape), codes, clusters.codebook, pad)
 
 
 def packed_and_dense(name: str, scheme: str, k: int = 7) -> tuple[nn.Module, nn.Module]:
@@ -61,7 +58,7 @@ def packed_and_dense(name: str, scheme: str, k: int = 7) -> tuple[nn.Module, nn.
     weight = weight_for(packed, scheme, k)
     with torch.no_grad():
         dense.weight.copy_(weight.dense())
-    weight.into(packed)
+    pack(packed, weight)
     return packed, dense
 
 
@@ -84,9 +81,8 @@ def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
         key.endswith("weight") for key in packed.state_dict()
     )
     base = type(dense)
-    assert isinstance(packed, base) and (
-        name == "custom" or type(packed) is KINDS[name][scheme == "integer"]
-    )
+    assert isinstance(packed, Packed) and isinstance(packed, base)
+    assert type(packed).__name__ == ("Int" if scheme == "integer" else "PQ") + base.__name__
     if name == "padded" and scheme == "product":
         assert not packed(torch.tensor(3)).any() and not packed.weight[3].any()
 
@@ -97,9 +93,9 @@ def test_an_embedding_with_codes_of_every_width(k: int) -> None:
     codes = torch.randint(0, k, (7000, 2), generator=torch.Generator().manual_seed(0)).to(
         product.codes_dtype(k)
     )
-    weight = ProductWeight(codes, hostile("normal", (k, 3), 1), (7000, 6), 5)
+    weight = StoredProduct((7000, 6), codes, hostile("normal", (k, 3), 1), 5)
     packed = nn.Embedding(7000, 6, padding_idx=5, _weight=table)
-    weight.into(packed)
+    pack(packed, weight)
     for ids in (
         torch.tensor([[5, 6999], [0, 5]]),
         torch.tensor(5),
@@ -142,7 +138,7 @@ def test_a_tied_owner_reads_the_home_and_stays_tied_in_copies(scheme: str) -> No
     x = torch.randn(2, 12)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin.head(x), F.linear(x, twin.embed.weight, twin.head.bias))
-        assert twin.head._qn_home is twin.embed and isinstance(twin.head, nn.Linear)
+        assert twin.head._qn_packed is twin.embed and isinstance(twin.head, nn.Linear)
         next(twin.embed.buffers()).zero_()
         assert torch.equal(twin.head.weight, twin.embed.weight)
 
@@ -154,9 +150,7 @@ def test_only_what_is_asked_for_is_decoded(scheme: str, monkeypatch: pytest.Monk
     def refuse(*_: Any) -> None:
         raise AssertionError("the whole table was decoded")
 
-    monkeypatch.setattr(
-        f"fairseq_qn.modules.packed.{'decode' if scheme == 'product' else 'dequantize'}", refuse
-    )
+    monkeypatch.setattr(type(packed.qn_stored), "dense", refuse)
     packed(torch.tensor([1, 2]))
     with pytest.raises(AssertionError):
         packed.weight + 0
@@ -169,14 +163,14 @@ def test_integers_some_rows_at_a_time(
 ) -> None:
     torch.manual_seed(0)
     packed = kind(64, 70) if kind is nn.Linear else kind(70, 64)
-    weight = IntegerWeight(integer.quantize(packed.weight, 4, granularity, group_size), (70, 64))
+    weight = integers_of(packed.weight, 4, granularity, group_size)
     dense, bias = weight.dense(), getattr(packed, "bias", None)
-    weight.into(packed)
+    pack(packed, weight)
     if kind is nn.Embedding:
         ids = torch.tensor([[0, 69, 3], [3, 3, 8]])
         assert torch.equal(packed(ids), F.embedding(ids, dense)) and packed(ids[:0]).shape == (0, 3, 64)
         return
-    monkeypatch.setattr("fairseq_qn.modules.packed.CHUNK", 64 * 9)
+    monkeypatch.setattr("fairseq_qn.schemes.integer.CHUNK", 64 * 9)
     for x in (torch.randn(2, 3, 64), torch.randn(64), torch.randn(300, 64), torch.randn(0, 64)):
         torch.testing.assert_close(packed(x), F.linear(x, dense, bias))
     assert torch.equal(packed.weight, dense)
@@ -184,6 +178,6 @@ def test_integers_some_rows_at_a_time(
 
 def test_it_is_smaller_in_memory() -> None:
     layer = nn.Linear(768, 768, bias=False)
-    weight_for(layer, "product", 256).into(layer)
+    pack(layer, weight_for(layer, "product", 256))
     held = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
     assert not list(layer.parameters()) and held == 768 * 256 + 256 * 3 * 4

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed import MODULES, inputs, packed_and_dense
+from test_packed import MODULES, inputs, integers_of, packed_and_dense
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_qn.errors import UnsupportedError
-from fairseq_qn.modules.fill import IntegerWeight, ProductWeight
 from fairseq_qn.modules.lazy import LazyWeight
-from fairseq_qn.modules.packed import tie
-from fairseq_qn.quant import integer
+from fairseq_qn.modules.packed import pack, tie
+from fairseq_qn.schemes.base import Stored
+from fairseq_qn.schemes.product import StoredProduct
 
 SCHEMES = ["product", "integer"]
 PAD = 3
@@ -51,17 +51,17 @@ def both(name: str, scheme: str) -> tuple[nn.Module, nn.Module, Tensor]:
 def wide(rows: int, columns: int, scheme: str, pad: int | None = None) -> tuple[nn.Linear, Tensor]:
     """A packed Linear of this size, and its dense weight."""
     generator = torch.Generator().manual_seed(0)
-    weight: ProductWeight | IntegerWeight
+    weight: Stored
     if scheme == "integer":
         table = torch.randn(rows, columns, generator=generator) / columns**0.5
-        weight = IntegerWeight(integer.quantize(table, 8, "channel"), (rows, columns))
+        weight = integers_of(table, 8, "channel")
     else:
         codes = torch.randint(0, 256, (rows, columns // 8), dtype=torch.uint8, generator=generator)
         row = None if pad is None else torch.randn(columns, generator=generator)
         codebook = torch.randn(256, 8, generator=generator) / columns**0.5
-        weight = ProductWeight(codes, codebook, (rows, columns), pad, row)
+        weight = StoredProduct((rows, columns), codes, codebook, pad, row)
     layer = nn.Linear(columns, rows)
-    weight.into(layer)
+    pack(layer, weight)
     return layer, weight.dense()
 
 
@@ -163,7 +163,7 @@ def test_products_in_every_form(form: str, scheme: str, monkeypatch: pytest.Monk
     """The same value and gradients, though other layers were computed between the product and its
     gradient.
     """
-    monkeypatch.setattr("fairseq_qn.modules.packed.CHUNK", 64 * 33)
+    monkeypatch.setattr("fairseq_qn.schemes.integer.CHUNK", 64 * 33)
     layer, dense = wide(80, 64, scheme)
     other, _ = wide(96, 64, scheme)
     x, function = torch.randn(7, 64), FORMS[form]

@@ -95,9 +95,9 @@ def test_exact_noise_puts_cluster_means_on_blocks(p: float) -> None:
     model = noisy(noise="exact", p=p)
     model(IDS)
     for view in views_of(model):
-        d = view.rule.block_size
+        d = view.scheme.block_size
         stored, seen = view.weight.detach().reshape(-1, d), view.home.weight.detach().reshape(-1, d)
-        means = view.quantized(view.weight.detach()).reshape(-1, d)
+        means = view.quantized().reshape(-1, d)
         either = (seen == stored).all(1) | (seen == means).all(1)
         assert either.all() and (p < 1 or torch.equal(seen, means)), view.name
         # the mask may spare a small layer's clusters

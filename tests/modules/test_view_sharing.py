@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fairseq_qn
-from fairseq_qn.modules.reading import Read
+from fairseq_qn.quant.reading import Read
 
 PHASES = [*NOISES, "frozen"]
 

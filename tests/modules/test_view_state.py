@@ -146,12 +146,9 @@ def test_conversions(phase: str, dtype: torch.dtype) -> None:
         assert weight.dtype == dtype
         torch.testing.assert_close(weight.float(), plain[name], rtol=1e-2, atol=1e-2)
     if dtype == torch.float64:
-        assert (
-            codebook_of(
-                model.embed._parameters["weight"], next(views_of(in_phase("frozen"))).groups, 4
-            ).dtype
-            == dtype
-        )
+        view = next(views_of(in_phase("frozen")))
+        groups = view.scheme.groups(view)
+        assert codebook_of(model.embed._parameters["weight"], groups, 4).dtype == dtype
     scores, gradients = run(model)
     assert scores.dtype == dtype and all(g.dtype == dtype for g in gradients)
     assert model.embed._parameters["weight"] is model.head._parameters["weight"]

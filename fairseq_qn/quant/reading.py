@@ -1,4 +1,4 @@
-"""The autograd functions by which a view is read: a value that is not the weight, and its derivative."""
+"""A value that stands in for a weight, and its derivative: the straight-through estimator."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from fairseq_qn.errors import UnsupportedError
 
 
 def read(
@@ -23,15 +21,6 @@ def read(
     # Where no gradient flows, flagged as the Parameter would be: matmul folds batches by it, so the last bit
     # depends on it.
     return seen if torch.is_grad_enabled() else seen.requires_grad_(weight.requires_grad)
-
-
-def refuse_tracing(name: str) -> None:
-    """Raise UnsupportedError while torch.jit records: it would keep the value and lose the view."""
-    if torch.jit.is_tracing():
-        raise UnsupportedError(
-            f"{name}: torch.jit cannot trace a view; save the model with fairseq_qn.save and trace what "
-            "fairseq_qn.load gives"
-        )
 
 
 class Read(torch.autograd.Function):

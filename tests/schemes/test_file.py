@@ -1,0 +1,136 @@
+"""What a scheme writes: its declared layout, exact codes, and refusal of what means nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import hostile, weights, weights_and_block_sizes
+from torch import Tensor
+
+from fairseq_qn.errors import FormatError
+from fairseq_qn.quant import product
+from fairseq_qn.quant.half import FLOATS, widened
+from fairseq_qn.quant.integer import fake_quantize
+from fairseq_qn.schemes.integer import Integer
+from fairseq_qn.schemes.product import Product
+
+
+@dataclass
+class Place:
+    """A site by hand: a weight with these buffers."""
+
+    shape: tuple[int, ...]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    padding_idx: int | None = None
+    name: str = "w"
+
+    def buffer(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+    def derived(self, name: str, compute: Any) -> Any:
+        return compute(self.buffers[name])
+
+
+def checked(scheme: Product | Integer, w: Tensor, site: Place, dtype: torch.dtype) -> tuple[dict, dict]:
+    """What `encode` gives, if it is as `entry`, `layout` and `check_entry` say."""
+    entry, parts = scheme.encode(w, site, dtype)
+    assert entry == scheme.entry(w, site, dtype, learned=True) and scheme.check_entry(entry) is None
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in parts.items()} == scheme.layout(entry, dtype)
+    return entry, parts
+
+
+@given(
+    weights_and_block_sizes(),
+    st.sampled_from([1, 2, 3, 5, 8, 100, 257]),
+    st.sampled_from([*FLOATS.values()]),
+    st.integers(0, 999),
+)
+def test_product_round_trip(case: tuple[Tensor, int], k: int, dtype: torch.dtype, seed: int) -> None:
+    w, d = case[0].float(), case[1]
+    scheme = Product(d, k)
+    k = product.n_codewords(w.shape, d, k)
+    rows, columns = product.codes_shape(w.shape, d)
+    codes = torch.randint(0, k, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    site = Place(tuple(w.shape), {"codes": codes.to(product.codes_dtype(k))})
+    entry, parts = checked(scheme, w, site, dtype)
+    # exactly log2 K bits, rounded up
+    assert parts["codes"].numel() == -(-rows * columns * max(1, (k - 1).bit_length()) // 8)
+    found, book = scheme.decode(entry, parts), scheme.codebook(w, site)
+    assert (
+        torch.equal(found.codes, site.buffers["codes"]) and found.codes.dtype == site.buffers["codes"].dtype
+    )
+    assert found.codebook.dtype == torch.float32 and found.shape == site.shape
+    if dtype == torch.float32:
+        assert torch.equal(found.codebook, book) and entry["exponent"] == 0
+        torch.testing.assert_close(found.dense(), scheme.quantized(w, site))
+    else:
+        largest = float(book.abs().max())
+        torch.testing.assert_close(found.codebook, book, rtol=1e-3, atol=largest * 2**-18)
+
+
+@given(
+    weights(st.tuples(st.integers(1, 6), st.integers(1, 5).map(lambda n: 3 * n))),
+    st.integers(2, 8),
+    st.sampled_from(["tensor", "channel", "group"]),
+)
+def test_integer_round_trip_is_exact(w: Tensor, bits: int, granularity: str) -> None:
+    scheme = Integer(bits, granularity, 3)
+    entry, parts = checked(scheme, w, Place(tuple(w.shape)), torch.float16)
+    assert parts["levels"].numel() == -(-w.numel() * bits // 8)
+    assert torch.equal(scheme.decode(entry, parts).dense(), fake_quantize(w, bits, granularity, 3))
+
+
+@pytest.mark.parametrize(("k", "code"), [(200, 200), (200, 255), (3, 3), (257, 300), (5, 7)])
+def test_codes_beyond_the_codebook(k: int, code: int) -> None:
+    columns = 3 * max(2, -(-k // 4))
+    w, codes = hostile("normal", (4, columns), 0), torch.arange(4 * columns // 3).remainder(k).int()
+    codes = codes.reshape(4, -1)
+    site = Place((4, columns), {"codes": codes.to(product.codes_dtype(k))})
+    scheme = Product(3, k)
+    entry, parts = scheme.encode(w, site, torch.float16)
+    other = codes.clone()
+    other[3, 1] = code
+    parts["codes"] = product_pack(other, k)
+    with pytest.raises(FormatError, match=f"^expected codes below {k}, found {code}; the file is damaged"):
+        scheme.decode(entry, parts)
+
+
+def product_pack(codes: Tensor, k: int) -> Tensor:
+    bits = product.code_bits(k)
+    stream = [(int(code) >> bit) & 1 for code in codes.flatten() for bit in range(bits)]
+    stream += [0] * (-len(stream) % 8)
+    octets = (stream[i : i + 8] for i in range(0, len(stream), 8))
+    return torch.tensor(
+        [sum(bit << j for j, bit in enumerate(octet)) for octet in octets], dtype=torch.uint8
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_pad_row_has_a_scale_of_its_own(scale: float) -> None:
+    w = torch.tensor([[0.5, -1, 2, 3], [0, 0, 0, 0]])
+    w[1] = torch.randn(4) * scale
+    site = Place((2, 4), {"codes": torch.tensor([[0, 1], [0, 0]], dtype=torch.uint8)}, padding_idx=1)
+    entry, parts = checked(Product(2, 2), w, site, torch.float16)
+    assert torch.equal(Product.decode(entry, parts).codebook, torch.tensor([[0.5, -1], [2, 3]]))
+    torch.testing.assert_close(widened(parts["pad"], entry["pad"]), w[1], rtol=1e-3, atol=scale * 1e-5)
+
+
+@pytest.mark.parametrize("part", ["codebook", "pad", "scale"])
+def test_not_a_number_is_refused(part: str) -> None:
+    scheme = Integer(4) if part == "scale" else Product(2, 2)
+    codes = torch.tensor([[0, 1], [0, 0]], dtype=torch.uint8)
+    site = Place((2, 4), {"codes": codes}, padding_idx=1)
+    w = torch.ones(2, 4)
+    entry, parts = scheme.encode(w.clone(), site, torch.float32)
+    parts[part].view(-1)[prod(parts[part].shape) - 1] = float("nan")
+    assert scheme.finite(w, site)
+    with pytest.raises(FormatError, match="^expected finite weights, found NaN or Inf"):
+        scheme.decode(entry, parts)
+    w[1 if part == "pad" else 0, 2] = float("inf")
+    assert not scheme.finite(w, site)

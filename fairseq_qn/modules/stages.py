@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -44,7 +45,7 @@ def boundaries(
     names = [stage.name for stage in recipe.stages]
     for unit, numbers, name in zip(("update", "epoch"), (updates, epochs), called, strict=True):
         if numbers is not None:
-            found = list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
+            found: list[Any] = list(numbers) if isinstance(numbers, (list, tuple, range)) else [numbers]
             whole = all(type(number) is int and number >= 0 for number in found)
             if not whole or len(found) != len(names) or found != sorted(found):
                 raise RecipeError(
@@ -160,7 +161,8 @@ class Stages:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.iterations, self.progress = model, iterations, progress
-        self.optimizers = [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+        given: Any = optimizer
+        self.optimizers: list[Optimizer] = [*given] if isinstance(given, (list, tuple)) else [given]
         clocks = clocks_of(model, self.optimizers, "Stages")
         self._clock, recipe = clocks[0], clocks[0].recipe
         if recipe is None or len(clocks) > 1:

@@ -67,7 +67,7 @@ class File:
     def load(
         self, mode: str = "dense", model: nn.Module | None = None, *, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """The model, in eval mode; see `load`."""
+        """The model, in eval mode; see `load`. Once: packed parts are freed as they are unpacked."""
         if mode not in ("dense", "packed"):
             raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
         dense, layers, content = self.dense(), self.layers(), self.manifest
@@ -98,7 +98,7 @@ class File:
             raise type(error)(f"{self.path}: {error}") from error.__cause__
 
     def _layer(self, name: str, entry: Entry) -> Stored:
-        parts = {part: self.tensors[f"{name}/{part}"] for part in streams.layout(entry, torch.float32)}
+        parts = {part: self.tensors.pop(f"{name}/{part}") for part in streams.layout(entry, torch.float32)}
         try:
             return SCHEMES[entry["scheme"]].decode(entry, streams.decoded(entry, parts))
         except FormatError as error:

@@ -20,6 +20,7 @@ from fairseq_qn.api import (
     load,
     predict_size,
     refresh,
+    remove,
     save,
     set_update,
 )  # fmt: skip
@@ -28,8 +29,7 @@ from fairseq_qn.version import __version__  # noqa: F401
 
 __all__ = [
     "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "predict_size", "refresh",
-    "save", "set_update",
+    "predict_size", "refresh", "remove", "save", "set_update",
 ]  # fmt: skip
 
 if find_spec("fairseq") is not None:

@@ -27,7 +27,7 @@ from fairseq_qn.modules.freeze import (
     refresh_due,
     refresh_views,
 )
-from fairseq_qn.modules.install import StoredParameters, install
+from fairseq_qn.modules.install import StoredParameters, install, uninstall
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.restore import File, read, register_builder
@@ -38,7 +38,7 @@ from fairseq_qn.report import SizeReport
 
 __all__ = [
     "File", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "predict_size", "read", "refresh", "register_builder", "save", "set_update",
+    "predict_size", "read", "refresh", "register_builder", "remove", "save", "set_update",
 ]  # fmt: skip
 
 
@@ -146,6 +146,20 @@ def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[Layer
     """
     _applied(model, "refresh")
     return refresh_views(list(views_of(model)), progress=progress)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the views off, in place: an ordinary model, which trains on as one.
+
+    Frozen layers keep the weights that were read, the others their Parameters; each Parameter stays the same
+    object. The noise ends. Raises UnsupportedError without a recipe, and
+    where a module outside of the model reads one of its weights.
+    """
+    _applied(model, "remove")
+    uninstall(model)
+    for module in model.modules():
+        module.__dict__.pop("_qn_recipe", None)
+    return model
 
 
 def set_update(model: nn.Module, n: int, micro: int = 0) -> None:

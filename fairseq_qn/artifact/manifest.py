@@ -33,6 +33,7 @@ from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError
 from fairseq_qn.quant.half import FLOATS
 from fairseq_qn.schemes import SCHEMES
+from fairseq_qn.schemes.activation import ACTIVATIONS
 
 VERSION = header.VERSION
 ASSET = "asset:"
@@ -82,6 +83,13 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
     for name, entry in manifest["layers"].items():
         if problem := _problem(name, entry, manifest):
             raise FormatError(f"{path}: layer {name!r}: {problem}; the file is damaged, fetch it again")
+    for name, entry in _activations(manifest, path).items():
+        own = next((known for key, known in ACTIVATIONS.items() if key == entry.get("scheme")), None)
+        problem = f"unknown scheme {short(entry.get('scheme'))}" if own is None else own.check_entry(entry)
+        if problem:
+            raise FormatError(
+                f"{path}: activations of {name!r}: {problem}; the file is damaged, fetch it again"
+            )
     _check_names(manifest, path)
     stored = sum(map(header.record_bytes, manifest["tensors"].values()))
     if problem := layers_excess(manifest, stored):
@@ -197,6 +205,14 @@ def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
             shown = "none" if found is None else f"{found['dtype']} {found['shape']}"
             return f"{part}: expected {expected[0]} {expected[1]}, found {shown}"
     return None
+
+
+def _activations(manifest: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    found = manifest.get("activations", {})
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+        todo = "the file is damaged, fetch it again"
+        raise FormatError(f"{path}: activations: expected entries by name, found {short(found)}; {todo}")
+    return found
 
 
 def _check_names(manifest: Mapping[str, Any], path: str) -> None:

@@ -191,3 +191,13 @@ def track(module: nn.Module, clock: Clock) -> bool:
         module.register_forward_pre_hook(_begin)
         module.register_forward_hook(_end, always_call=True)
     return inside
+
+
+def untrack(module: nn.Module) -> None:
+    """Undo `track`."""
+    for part in module.modules():
+        part.__dict__.pop("_qn_clock", None)
+        for hooks, ours in ((part._forward_pre_hooks, _begin), (part._forward_hooks, _end)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                part._forward_hooks_always_called.pop(key, None)

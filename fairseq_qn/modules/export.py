@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fairseq_qn.artifact import container, header, manifest, streams
 from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
+from fairseq_qn.modules.activations import activations_of
 from fairseq_qn.modules.kinds import kinds_of
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
@@ -137,6 +138,9 @@ def content_of(
     }  # fmt: skip
     if "builder" not in (source or {}):  # else the file's own model is built anew
         content["modules"] = kinds_of(model, drop)
+    placed = {n: a.entry() for n, a in activations_of(model) if not f"{n}.".startswith(dropped)}
+    if placed:
+        content["activations"] = placed
     skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}

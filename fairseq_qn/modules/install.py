@@ -7,16 +7,19 @@ its Parameter away, is refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
+from fairseq_qn.modules.clock import untrack
 from fairseq_qn.modules.seen import REPARAMETRISED, show
-from fairseq_qn.modules.view import SHARDED, WeightView, kind
+from fairseq_qn.modules.view import FROZEN, SHARDED, WeightView, kind, views_of
 
 
 def install(module: nn.Module, attribute: str, view: WeightView) -> None:
@@ -27,6 +30,39 @@ def install(module: nn.Module, attribute: str, view: WeightView) -> None:
     base = type(module)._qn_base if "_qn_views" in module.__dict__ else type(module)
     module.__dict__["_qn_views"] = views
     module.__class__ = _viewed_class(base, tuple(sorted(views)))
+
+
+@torch.no_grad()
+def uninstall(model: nn.Module) -> int:
+    """Take the views off a model, in place, and return how many there were.
+
+    The Parameters stay, those of frozen layers with the values that were read. Nothing changes if an error
+    is raised: UnsupportedError where a module outside of the model reads one of its weights.
+    """
+    views = list(views_of(model))
+    carriers = [module for module in model.modules() if "_qn_views" in module.__dict__]
+    inside = Counter(id(view) for module in carriers for view in module._qn_views.values())
+    for view in views:
+        if inside[id(view)] != view.readers:
+            raise UnsupportedError(
+                f"{view.name}: is read by a module outside of this one too; remove the views of the whole "
+                "model"
+            )
+    decoded = [(view, view.quantized()) for view in views if view.phase == FROZEN]
+    for module in carriers:
+        for view in module.__dict__.pop("_qn_views").values():
+            if view.home is module:
+                for name in view.buffer_names:
+                    del module._buffers[name]
+        module.__class__ = type(module)._qn_base
+    for view, weight in decoded:
+        view.weight.copy_(weight)
+    for view in views:
+        view.unwatch()
+    untrack(model)
+    for module in model.modules():
+        module.__dict__.pop("get_parameter", None)
+    return len(views)
 
 
 @cache
@@ -40,7 +76,7 @@ def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
         "__delattr__": _delete_attribute,
     }
     body |= {"register_parameter": _register_parameter, "_replicate_for_data_parallel": _replicate}
-    body |= {"__prepare_scriptable__": _script, "_load_from_state_dict": _load}
+    body |= {"__prepare_scriptable__": _script, "_load_from_state_dict": _load, "extra_repr": _extra_repr}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
 
@@ -142,6 +178,14 @@ class StoredParameters:
         path, _, name = target.rpartition(".")
         stored = self.module.get_submodule(path)._parameters.get(name)
         return nn.Module.get_parameter(self.module, target) if stored is None else stored
+
+
+def _extra_repr(self: nn.Module) -> str:
+    """As of the plain module, and how each weight that has a view is read."""
+    labels = (
+        view.label if name == "weight" else f"{name} {view.label}" for name, view in self._qn_views.items()
+    )
+    return ", ".join(filter(None, (type(self)._qn_base.extra_repr(self), *labels)))
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:

@@ -23,6 +23,7 @@ from fairseq_qn.artifact import container, streams
 from fairseq_qn.artifact.header import short
 from fairseq_qn.artifact.manifest import Assets, check, dense_names
 from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
 from fairseq_qn.modules.fits import check_fits
 from fairseq_qn.modules.kinds import check_kinds
@@ -76,6 +77,7 @@ class File:
         shapes = {name: tuple(found.shape) for name, found in (*dense.items(), *layers.items())}
         check_fits(model, shapes, content["ties"], content["dropped"])
         check_kinds(model, content.get("modules", {}))
+        activations.check(model, content.get("activations", {}))
         if dtype is not None:
             model.to(dtype)
         for name in content["dropped"]:
@@ -85,6 +87,7 @@ class File:
             _assign(model, name, tensor)
         labels = {name: SCHEMES[entry["scheme"]].label(entry) for name, entry in content["layers"].items()}
         _fill(model, layers, content["ties"], labels if mode == "packed" else None)
+        activations.restore(model, content.get("activations", {}))
         return model.eval()
 
     @contextmanager

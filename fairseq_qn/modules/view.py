@@ -19,6 +19,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
@@ -30,6 +31,7 @@ from fairseq_qn.schemes.base import Draw
 
 T = TypeVar("T")
 FLOAT, CODED, FROZEN = 0, 1, 2
+PHASES = ("float", "coded", "frozen")
 SHARDED = (
     "views need whole Parameters, which FSDP and nn.DataParallel take apart; use DistributedDataParallel "
     "(legacy_ddp)"
@@ -59,7 +61,7 @@ class WeightView:
         self.stored: ref[nn.Parameter] | None = None  # the Parameter that was read last
         # the last pass that drew noise, and the weight's version then
         self._seen: tuple[Time | None, int] = (None, 0)
-        self._watched = False
+        self._watching: RemovableHandle | None = None
         _check_weight(weight, name)
         self.scheme.check(weight.shape, name)  # raises before anything is registered
         for buffer in self.buffer_names:
@@ -76,7 +78,7 @@ class WeightView:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
-        return {**self.__dict__, "_cache": {}, "_seen": (None, 0), "_watched": False, "stored": None}
+        return {**self.__dict__, "_cache": {}, "_seen": (None, 0), "_watching": None, "stored": None}
 
     # -- state
 
@@ -180,9 +182,13 @@ class WeightView:
 
     def _watch(self, weight: Tensor) -> None:
         """Let a gradient that comes of reads without any call raise."""
-        if torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and not self._watched:
-            self._watched = True
-            weight.register_post_accumulate_grad_hook(self._gradient_came)
+        if torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf and self._watching is None:
+            self._watching = weight.register_post_accumulate_grad_hook(self._gradient_came)
+
+    def unwatch(self) -> None:
+        """Undo it."""
+        if self._watching is not None:
+            self._watching.remove()
 
     def _gradient_came(self, weight: Tensor) -> None:
         if not self.clock.started and self.home.training:
@@ -199,6 +205,12 @@ class WeightView:
     def quantized(self) -> Tensor:
         """phi(weight) of the scheme: exact, without noise or gradient, by what was learned."""
         return self.scheme.quantized(self.weight.detach(), self)
+
+    @property
+    def label(self) -> str:
+        """Scheme and phase, in a few letters."""
+        entry = self.scheme.entry(self.weight.detach(), self, torch.float32, learned=False)
+        return f"{self.scheme.label(entry)}, {PHASES[self.phase]}"
 
     @property
     def needs_learning(self) -> bool:

@@ -112,10 +112,11 @@ def freeze(
     """Quantise the layers of one stage, or all that are left, and keep training or evaluate them quantised.
 
     The dense Parameters stay; product codes are fixed and codebooks follow the Parameters. Returns a report
-    per layer. optimizer: what trains on, one of torch's or several. A codeword's gradient is the mean of
-    many blocks' and so smaller than Adam remembers: its moments become those of the codewords. Other
-    optimizers are left alone, with a warning. Raises RecipeError for an unknown stage, NonFiniteWeight
-    (before anything is changed), UnsupportedError.
+    per layer.
+    optimizer: what trains on, one of torch's or several. A codeword's gradient is the mean of many blocks'
+    and so smaller than Adam remembers: its moments become those of the codewords. Other optimizers are left
+    alone, with a warning.
+    Raises RecipeError for an unknown stage, NonFiniteWeight (before anything is changed), UnsupportedError.
     """
     recipe = _applied(model, "freeze")
     names = [s.name for s in recipe.stages]
@@ -166,8 +167,9 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
     """Say which update and micro-batch the noise belongs to, from now on: the same numbers draw the same
     masks.
 
-    Without it, or `follow`, each pass is an update. Exact noise whose `refresh` is a number of updates is
-    refreshed here, at the first micro-batch of its updates.
+    Without it, or `follow`, each pass is an update.
+    Exact noise whose `refresh` is a number of updates is refreshed here, at the first micro-batch of its
+    updates.
     """
     views = list(views_of(model))
     for clock in {id(view.clock): view.clock for view in views}.values():
@@ -181,8 +183,10 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     """Write the small file and report its size on disk.
 
     Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or
-    float32. drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to
-    carry along (BPE models). source: how to rebuild the model; a qn_ model of fairseq knows by itself.
+    float32.
+    drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to carry along
+    (BPE models).
+    source: how to rebuild the model; a qn_ model of fairseq knows by itself.
     Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file
     survives any of them.
     """
@@ -208,20 +212,24 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
 
 
 def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, *,
-         dtype: torch.dtype | None = None) -> nn.Module:  # fmt: skip
+         dtype: torch.dtype | None = None, large: bool = False) -> nn.Module:  # fmt: skip
     """The model of a small file, in eval mode. Nothing in the file is executed.
 
     mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on,
     without the codes. "packed" keeps codes and codebooks in memory and computes with them; only what is
     dense beside them trains (biases, norms, heads), and model.train() warns of it. Gradients of inputs are
-    those of the dense model. model: a fresh dense instance, for any module that fairseq_qn cannot rebuild
-    from the file alone; it is filled in place. Its tensors, ties, classes and options such as eps have to be
-    those that were saved; weights tied in the file are tied in it. dtype: of the whole model, e.g.
-    torch.bfloat16, which a processor's matrix units take; by default the model's own, fp32. Raises
-    FormatError (damaged, another version, not such a file), MismatchError (another model), UnsupportedError,
-    OSError.
+    those of the dense model.
+    model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is
+    filled in place. Its tensors, ties, classes and options such as eps have to be those that were saved;
+    weights tied in the file are tied in it.
+    dtype: of the whole model, e.g. torch.bfloat16, which a processor's matrix units take; by default the
+    model's own, fp32.
+    large: decode even what takes more than 1 GB and 20 times the file, and so opens more slowly than a file
+    of its size should; without it such a file is refused in mode "dense".
+    Raises FormatError (damaged, another version, not such a file), MismatchError (another model),
+    UnsupportedError, OSError.
     """
-    return read(path).load(mode, model, dtype=dtype)
+    return read(path).load(mode, model, dtype=dtype, large=large)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -40,9 +40,10 @@ ASSET = "asset:"
 # Guards against a few bytes that become gigabytes: at most BASE + TIMES * what is stored.
 ASSETS_BASE, ASSETS_TIMES = 1 << 25, 8  # bytes of all files that travel inside, unpacked
 # bytes of all weights, decoded to fp32; blocks of 16 by 256 are 64 times theirs
-# A dense load within it takes at most 100 MB and twice what is decoded, and beside 1 s and 1 s for every
-# 50 MB of the file up to 2 s for every GB decoded: fresh pages come no faster.
 DECODED_BASE, DECODED_TIMES = 1 << 28, 128
+# The same where they are decoded at once: fresh memory comes at 1 GB a second, and a file is to open within
+# 1 s and 1 s for every 50 MB of it, and within 100 MB and twice what it decodes to.
+DENSE_BASE, DENSE_TIMES = 1_000_000_000, 20
 
 _FIELDS = {
     "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict,
@@ -100,8 +101,17 @@ def layers_excess(manifest: Mapping[str, Any], stored: int) -> str | None:
     """What is wrong if the layers decode to more memory than a file with `stored` bytes of tensors may ask
     for, or None.
     """
-    decoded = sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
-    return _excess("layers in fp32", decoded, DECODED_BASE + DECODED_TIMES * stored, stored)
+    return _excess("layers in fp32", _decoded(manifest), DECODED_BASE + DECODED_TIMES * stored, stored)
+
+
+def dense_excess(manifest: Mapping[str, Any]) -> str | None:
+    """The same of layers that are all decoded as the file is opened, for a manifest that was checked."""
+    stored = sum(map(header.record_bytes, manifest["tensors"].values()))
+    return _excess("layers in fp32", _decoded(manifest), DENSE_BASE + DENSE_TIMES * stored, stored)
+
+
+def _decoded(manifest: Mapping[str, Any]) -> int:
+    return sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
 
 
 def assets_excess(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:

@@ -35,11 +35,12 @@ def load_checkpoint(
     applies.
 
     recipe: instead of the checkpoint's own. heads: take classification heads along that the task does not
-    name. Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration
-    has `model`, `task`, and of `common` the seed. The file stays mapped: weights are read when they are
-    used, the optimiser's state never. Replace it by renaming, as fairseq does, not by writing into it, while
-    the model lives. Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind,
-    MismatchError.
+    name.
+    Of the checkpoint's options fairseq gets those of models/options.py, checked; so the configuration has
+    `model`, `task`, and of `common` the seed.
+    The file stays mapped: weights are read when they are used, the optimiser's state never. Replace it by
+    renaming, as fairseq does, not by writing into it, while the model lives.
+    Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
     """
     state = read_checkpoint(path)
     config = _configuration(state, str(path))

@@ -47,7 +47,9 @@ def load_any(path: str | Path, data: str | None = None) -> nn.Module:
     return api.load(find_file(path)) if is_small(path) else load_checkpoint(path, data)[0]
 
 
-def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | None = None) -> Any:
+def load_interface(
+    path: str | Path, mode: str = "dense", dtype: torch.dtype | None = None, large: bool = False
+) -> Any:
     """The interface that the file's model supplies, loaded as `load` does: QNRobertaHub, or fairseq's
     generator interface.
     """
@@ -61,7 +63,7 @@ def load_interface(path: str | Path, mode: str = "dense", dtype: torch.dtype | N
         text, source = checked_text(source, file.assets), checked(source)
         task = build_task(source, file.assets)  # once: a large dictionary takes as long as the whole model
         model = build_model(source, task, file.names)
-    model = file.load(mode, model, dtype=dtype)
+    model = file.load(mode, model, dtype=dtype, large=large)
     with file.named(), unpacked(text, file.assets) as text, fairseq_refuses("source.bpe"):
         interface = model.qn_interface.of(model, task, text).eval()
     if interface.bpe is not None:

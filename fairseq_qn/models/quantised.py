@@ -72,13 +72,14 @@ class QuantisedModel:
         *args: Any,
         mode: str = "dense",
         dtype: torch.dtype | None = None,
+        large: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The interface of a small file, of a folder that holds one, or (as fairseq) of a folder with a
         checkpoint.
         """
         if is_small(model_name_or_path):
-            return load_interface(model_name_or_path, mode, dtype)
+            return load_interface(model_name_or_path, mode, dtype, large)
         return super().from_pretrained(str(model_name_or_path), checkpoint_file, *args, **kwargs)
 
     def qn_describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:

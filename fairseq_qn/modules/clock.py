@@ -32,7 +32,8 @@ class Clock:
     are micro-batches), or it was `pinned` by set_update.
 
     values: what shared views have read in the present outermost call; None between calls. followed: the
-    optimizer's hook. recipe: the one that the views are of.
+    optimizer's hook.
+    recipe: the one that the views are of.
     """
 
     seed: int = 0

@@ -18,8 +18,8 @@ def decoded_state_dict(model: nn.Module) -> dict[str, Any]:
 
     `model.state_dict()` holds the dense Parameters that training goes on with, and the codes. Here a frozen
     layer has the weight that is read in its place, what is not frozen its Parameter, and tied names one and
-    the same tensor. Raises UnsupportedError for a packed model, which has no other weights: load its file
-    with mode="dense".
+    the same tensor.
+    Raises UnsupportedError for a packed model, which has no other weights: load its file with mode="dense".
     """
     if any(isinstance(module, Packed) for module in model.modules()):
         raise UnsupportedError('decoded_state_dict: the model is packed; load its file with mode="dense"')

@@ -1,10 +1,12 @@
 """A model with views -> its small file. restore.py takes the same steps the other way round.
 
-names    under which name each weight is stored; ties; modules that are left out
-layers   each weight that has a view: by its scheme an entry and parts
-dense    every other tensor of the state dict, narrowed
-assets   files that travel inside, compressed
-file     manifest and tensors in one container
+    names    under which name each weight is stored; ties; modules that are left out
+    layers   each weight that has a view: by its scheme an entry and parts
+    dense    every other tensor of the state dict, narrowed
+    assets   files that travel inside, compressed
+    file     manifest and tensors in one container
+
+What cannot be saved is refused before anything is packed; to ask for a size packs nothing.
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ def project_moments(
     """Make the moments of views that have just been frozen those of their codewords, in place.
 
     To be called once for each freeze, before the next step. Integers have no codewords: their gradient and
-    moments stay. masters: where the optimizer trains fp32 copies, flattened into one or not, in place of the
-    Parameters. Returns the names of the views handled, and a line on what was left alone, or "". No moments
-    yet: nothing to do.
+    moments stay.
+    masters: where the optimizer trains fp32 copies, flattened into one or not, in place of the Parameters.
+    Returns the names of the views handled, and a line on what was left alone, or "". No moments yet: nothing
+    to do.
     """
     optimizers, masters = list(optimizers), masters or {}
     trained_by = {

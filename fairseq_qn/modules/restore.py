@@ -1,10 +1,12 @@
 """A small file -> a model: the steps of export.py, the other way round.
 
-file     one container, checked: manifest and tensors
-assets   files that travel inside, unpacked when asked for
-dense    tensors stored as they are, widened
-layers   each quantised weight as its scheme stores it
-names    into the model's modules, dense or packed; ties; modules that were left out
+    file     one container, checked: manifest and tensors
+    assets   files that travel inside, unpacked when asked for
+    dense    tensors stored as they are, widened
+    layers   each quantised weight as its scheme stores it
+    names    into the model's modules, dense or packed; ties; modules that were left out
+
+The model is changed by the last step alone, when nothing can fail any more.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from fairseq_qn.artifact import container, streams
 from fairseq_qn.artifact.header import short
-from fairseq_qn.artifact.manifest import Assets, check, dense_names
+from fairseq_qn.artifact.manifest import Assets, check, dense_excess, dense_names
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
@@ -66,11 +68,19 @@ class File:
 
     @torch.no_grad()
     def load(
-        self, mode: str = "dense", model: nn.Module | None = None, *, dtype: torch.dtype | None = None
+        self,
+        mode: str = "dense",
+        model: nn.Module | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        large: bool = False,
     ) -> nn.Module:
         """The model, in eval mode; see `load`. Once: packed parts are freed as they are unpacked."""
         if mode not in ("dense", "packed"):
             raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
+        if mode == "dense" and not large and (problem := dense_excess(self.manifest)):
+            todo = 'load it with mode="packed", or with large=True if you trust it'
+            raise UnsupportedError(f"{self.path}: {problem}; {todo}")
         dense, layers, content = self.dense(), self.layers(), self.manifest
         if model is None:
             model = _build(self)

@@ -6,7 +6,6 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 EXTRAS = {
-    "cli": ["rich>=13"],
     "plot": ["matplotlib>=3.7"],
     "tensorboard": ["tensorboardX>=2.5"],
     "hf": ["transformers>=4.40", "tokenizers>=0.19"],
@@ -16,7 +15,9 @@ EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests 
 # peers, for run_scripts/benchmark.sh only
 EXTRAS["benchmark"] = EXTRAS["oracle"] + ["aqlm>=1.1.6", "numba>=0.59"]
 EXTRAS["test"] = (
-    EXTRAS["all"] + EXTRAS["oracle"] + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6"]
+    EXTRAS["all"]
+    + EXTRAS["oracle"]
+    + ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 )
 
 
@@ -44,7 +45,7 @@ setup(
     # finds either. Hydra looks for plugins in the namespace package hydra_plugins, whose own folder must
     # hold no __init__.py.
     package_dir={"fairseq_qn.configs": "configs", "hydra_plugins": "fairseq_qn/hydra_plugins"},
-    package_data={"fairseq_qn.configs": ["*.md", "*.yaml", "**/*.yaml"]},
+    package_data={"fairseq_qn": ["py.typed"], "fairseq_qn.configs": ["*.md", "*.yaml", "**/*.yaml"]},
     install_requires=[
         "torch>=2.1",
         # fairseq 0.12.2 does not import on Python 3.11, nor with numpy 1.24; fairseq-fixed is its code for

@@ -11,9 +11,11 @@ from fairseq_qn.errors import RecipeError
 
 def pattern(value: Any, where: str) -> str:
     """A regular expression."""
+    if not isinstance(value, str):
+        raise RecipeError(f"{where}: not a regular expression: {value!r}")
     try:
         re.compile(value)
-    except (re.error, TypeError) as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise RecipeError(f"{where}: not a regular expression: {value!r}: {error}") from None
     return value
 

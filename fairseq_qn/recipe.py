@@ -119,7 +119,8 @@ class Recipe:
             "keep": self.keep,
             "stages": stages,
         }
-        return json.loads(json.dumps(data))  # lists for tuples
+        plain: dict[str, Any] = json.loads(json.dumps(data))  # lists for tuples
+        return plain
 
     def to_json(self) -> str:
         """One line of JSON, for a checkpoint's configuration."""

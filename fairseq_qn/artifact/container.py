@@ -10,7 +10,8 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     with replacing(path) as file:
         file.write(blank)
         for name in specs:
-            raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digests[name] = hashlib.sha256(raw).digest()
             file.write(raw)
         file.seek(0)
@@ -88,11 +89,11 @@ def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, manifest
 
 
-def _read_tensor(file: BinaryIO, path: PathLike, name: str, spec: Spec, sha256: Any) -> Tensor:
+def _read_tensor(file: BufferedReader, path: PathLike, name: str, spec: Spec, sha256: Any) -> Tensor:
     """The next tensor of the file, read once into its own memory and checked against its digest."""
     dtype, shape = spec
     raw = torch.empty(header.nbytes(spec), dtype=torch.uint8)
-    view, digest = memoryview(raw.numpy()), hashlib.sha256()
+    view, digest = raw.numpy().data, hashlib.sha256()
     for start in range(0, len(view), _READ_CHUNK):
         chunk = view[start : start + _READ_CHUNK]
         if file.readinto(chunk) != len(chunk):
@@ -108,7 +109,7 @@ def _read_tensor(file: BinaryIO, path: PathLike, name: str, spec: Spec, sha256: 
     return raw.view(dtype).reshape(shape)
 
 
-def _opened(path: PathLike) -> BinaryIO:
+def _opened(path: PathLike) -> BufferedReader:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise bad(path, "kind", "a file", "a directory or device", "give the path of the file itself")
     return open(path, "rb")

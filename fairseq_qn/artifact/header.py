@@ -86,7 +86,7 @@ def nbytes(spec: Spec) -> int:
 
 def record_bytes(record: Mapping[str, Any]) -> int:
     """Bytes of a tensor of the manifest's table."""
-    return math.prod(record["shape"]) * DTYPES[record["dtype"]].itemsize
+    return nbytes((DTYPES[record["dtype"]], tuple(record["shape"])))
 
 
 def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:

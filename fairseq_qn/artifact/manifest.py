@@ -45,7 +45,7 @@ DECODED_BASE, DECODED_TIMES = 1 << 28, 128
 # 1 s and 1 s for every 50 MB of it, and within 100 MB and twice what it decodes to.
 DENSE_BASE, DENSE_TIMES = 1_000_000_000, 20
 
-_FIELDS = {
+_FIELDS: dict[str, type | tuple[type, ...]] = {
     "version": int, "producer": str, "recipe": dict, "parts": str, "layers": dict, "exponents": dict,
     "ties": list,
     "dropped": list, "assets": dict, "source": (dict, type(None)), "tensors": dict,
@@ -228,7 +228,8 @@ def _activations(manifest: Mapping[str, Any], path: str) -> dict[str, dict[str, 
 def _check_names(manifest: Mapping[str, Any], path: str) -> None:
     """Ties and dropped modules are lists of names, each once, and each weight is stored once."""
     stored = {*manifest["layers"], *dense_names(manifest)}
-    dropped, seen = manifest["dropped"], set()
+    dropped = manifest["dropped"]
+    seen: set[str] = set()
     if not all(isinstance(name, str) and name for name in dropped) or len({*dropped}) < len(dropped):
         raise FormatError(
             f"{path}: dropped: expected names of modules, each once, found {short(dropped)}; the file is "

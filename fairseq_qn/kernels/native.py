@@ -57,7 +57,7 @@ def watched() -> bool:
     forward-mode gradients, a dispatch mode): it would not see what a kernel writes through a pointer.
     """
     return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )  # fmt: skip
 

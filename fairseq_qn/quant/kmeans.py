@@ -75,8 +75,8 @@ class _Points:
         spread = float(torch.maximum(high - shift.min(), shift.max() - low))
         scale = 2.0 ** math.frexp(spread)[1]
         if kernel.usable(x):
-            points, energy = kernel.lay_out(x, shift, scale)
-            return cls(x, points, shift, spread, scale, torch.tensor(energy, dtype=torch.float64))
+            points, total = kernel.lay_out(x, shift, scale)
+            return cls(x, points, shift, spread, scale, torch.tensor(total, dtype=torch.float64))
         points, energy = torch.empty_like(x), shift.new_zeros(())
         for source, target in zip(x.split(CHUNK), points.split(CHUNK)):
             centred = source.double() - shift
@@ -161,15 +161,13 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
         energy = float(x.double().square().sum())
         return Clusters(torch.arange(len(x), dtype=torch.int32, device=x.device), x.clone(), (0.0,), energy)
     points, generator = _Points.of(x), torch.Generator().manual_seed(seed)
-    drawn = start is None
-    if drawn:
-        start = _begin(points, n_centroids, generator)
-    if _repeats(start):
+    first = _begin(points, n_centroids, generator) if start is None else start
+    if _repeats(first):
         if exact := _exact(x, n_centroids):
             return exact
-        if drawn and n_centroids <= GREEDY:
-            start = _apart(points, n_centroids, n_centroids, generator)
-    found = _lloyd(points, start, iterations, generator)
+        if start is None and n_centroids <= GREEDY:
+            first = _apart(points, n_centroids, n_centroids, generator)
+    found = _lloyd(points, first, iterations, generator)
     # codewords are left over where no more than K rows differ, some too close for fp32 scores to tell apart
     if found.objective > 0 and not torch.bincount(found.codes, minlength=n_centroids).all():
         return _exact(x, n_centroids) or found
@@ -241,7 +239,8 @@ def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Gen
     """Steps from codewords start [K, d]; the generator draws what codewords without blocks are moved
     onto.
     """
-    centroids, history = points.place(start), []
+    centroids = points.place(start)
+    history: list[float] = []
     for _ in range(max(1, iterations)):
         codes, means, counts = points.assign(centroids)
         explained = _total(counts * (means - points.shift).square().sum(1))
@@ -249,7 +248,7 @@ def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Gen
         objective, n_empty = torch.stack([points.energy - explained, (counts == 0).sum().double()]).tolist()
         cancels = objective < CANCELS * float(points.energy)
         errors = _errors(points.x, codes, means) if cancels or n_empty else None
-        if cancels:
+        if errors is not None and cancels:
             objective = float(_total(errors))
         if history and objective >= history[-1]:
             break

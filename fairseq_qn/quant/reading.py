@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Function = Callable[[Tensor], Tensor]
 
-def read(
-    weight: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor] | None
-) -> Tensor:
+
+def read(weight: Tensor, value: Function, gradient: Function | None) -> Tensor:
     """value(weight); the gradient is gradient(that of the value), or that itself (None): the
     straight-through estimator.
     """
     if torch._C._are_functorch_transforms_active():
-        return FunctionalRead.apply(weight, value, gradient)
+        seen: Tensor = FunctionalRead.apply(weight, value, gradient)
+        return seen
     seen = Read.apply(weight, value, gradient)
     # Where no gradient flows, flagged as the Parameter would be: matmul folds batches by it, so the last bit
     # depends on it.
@@ -27,7 +28,7 @@ class Read(torch.autograd.Function):
     """`gradient` is its own transpose: it serves forward derivatives too."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, value: Function, gradient: Function | None) -> Tensor:
         ctx.gradient = gradient
         return value(weight).data  # no view of anything: an Embedding with max_norm clips it in place
 
@@ -48,11 +49,11 @@ class FunctionalRead(torch.autograd.Function):
     """Read for torch.func's transforms, which ask for another form of it, that takes longer to call."""
 
     @staticmethod
-    def forward(weight: Tensor, value: Callable, gradient: Callable | None) -> Tensor:
+    def forward(weight: Tensor, value: Function, gradient: Function | None) -> Tensor:
         return value(weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.gradient = inputs[2]
 
     @staticmethod
@@ -71,7 +72,7 @@ class FunctionalRead(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple, weight: Tensor, value: Callable, gradient: Callable | None
+        info: Any, in_dims: tuple[Any, ...], weight: Tensor, value: Function, gradient: Function | None
     ) -> tuple[Tensor, int]:
         return torch.stack(
             [FunctionalRead.apply(part, value, gradient) for part in weight.unbind(in_dims[0])]

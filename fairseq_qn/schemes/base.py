@@ -66,7 +66,8 @@ class Stored(ABC):
 
     def holding(self, tensors: Mapping[str, Tensor | None]) -> Stored:
         """The same with these tensors in the place of its own."""
-        return replace(self, **{name: tensors[name] for name in self.TENSORS})
+        own: dict[str, Any] = {name: tensors[name] for name in self.TENSORS}
+        return replace(self, **own)
 
     @property
     def like(self) -> Tensor:

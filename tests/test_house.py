@@ -32,6 +32,7 @@ FORBIDDEN = {
 # fmt: on
 
 
+GUIDE = ROOT / "fairseq_qn" / "README.md"
 AUTOGRAD = ("forward", "setup_context", "backward", "jvp", "vmap")
 
 
@@ -85,6 +86,44 @@ def undocumented(text: str) -> list[str]:
 
     visit(ast.parse(text).body, "")
     return found
+
+
+def listed(text: str) -> list[str]:
+    """Files of the package in the list of the guide: `folder/file.py`, and `folder/` for its __init__."""
+    found, folder = [], ""
+    for line in text.partition("## The files")[2].partition("\n## ")[0].splitlines():
+        entry = re.match(r" {4}(  )?(?:((?:\w+\.(?:py|c|h) ?)+)|(\S+/))", line)
+        if entry:
+            folder = (folder if entry[1] else "") + (entry[3] or "")
+            found += [folder + name for name in (entry[2] or "").split()] or [folder]
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """`name` and `Class.name` of all that a source defines at its top, or in a class of its top."""
+
+    def names(body: list[ast.stmt], prefix: str = "") -> set[str]:
+        found = set()
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= names(node.body, f"{prefix}{node.name}.")
+        return found
+
+    return names(ast.parse(path.read_text("utf-8")).body)
+
+
+def lost(text: str) -> list[str]:
+    """The `file`, `folder/` and `file.py:name` in a text that are not there."""
+    missing = []
+    for path, name in re.findall(r"`([\w.-]+/|[\w./-]+\.(?:py|c|h|sh|yml|md))(?::([\w.]+))?`", text):
+        file = next((f for f in (ROOT / "fairseq_qn" / path, ROOT / path) if f.exists()), None)
+        if file is None or (name and name not in defined(file)):
+            missing.append(f"{path}:{name}" if name else path)
+    return missing
 
 
 def test_top_level_is_as_drawn() -> None:
@@ -152,3 +191,26 @@ def test_the_version_of_the_distribution_is_that_of_the_package() -> None:
         [sys.executable, "setup.py", "-q", "--version"], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stdout.split()[-1] == __version__
+
+
+def test_the_guide_lists_every_file() -> None:
+    files = {p.removeprefix("fairseq_qn/") for p in tracked() if re.fullmatch(r"fairseq_qn/.*\.(py|c|h)", p)}
+    found = listed(GUIDE.read_text("utf-8"))
+    folders = {re.sub(r"(?<=/)__init__\.py$", "", path) for path in files} | {"hydra_plugins/"}
+    assert sorted(found) == sorted(folders) and len(found) > 60
+
+
+@pytest.mark.parametrize("guide", ["fairseq_qn/README.md", ".github/CONTRIBUTING.md"])
+def test_what_a_guide_names_is_there(guide: str) -> None:
+    assert lost((ROOT / guide).read_text("utf-8")) == []
+
+
+def test_what_is_not_there_is_seen() -> None:
+    text = (
+        "`api.py:save`, `api.py:keep`, `modules/`, `rooms/`, `report.py:SizeReport.of`, `report.py:Size.of`"
+    )
+    assert lost(text) == ["api.py:keep", "rooms/", "report.py:Size.of"]
+    text = (
+        "## The files\n\n    api.py of e.py\n    a/ of f.py\n      b.py c.c\n    d.py\n\n## Next\n    g.py"
+    )
+    assert listed(text) == ["api.py", "a/", "a/b.py", "a/c.c", "d.py"]

@@ -172,6 +172,12 @@ def test_no_import_of_ours_inside_a_function() -> None:
     assert hidden(package()) == []
 
 
+def test_the_guide_draws_these_layers() -> None:
+    text = (ROOT / PACKAGE / "README.md").read_text("utf-8").partition("## Layers")[2].partition("\n## ")[0]
+    drawn = [{*line.split()} for line in text.splitlines() if line.startswith("    ")]
+    assert drawn[::-1] == LAYERS
+
+
 ROOT_INIT = {
     "fairseq_qn/__init__.py": "from fairseq_qn.recipe import Recipe\nfrom .api import apply\nimport "
     "fairseq\n"

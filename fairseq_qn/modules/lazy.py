@@ -105,7 +105,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
         ctx.stored = stored
-        return _linear(x, bias, stored)
+        y = _linear(x, bias, stored)
+        return aten._unsafe_view(y, y.shape)  # no view of what is not kept: attention scales it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

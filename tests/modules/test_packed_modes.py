@@ -296,3 +296,19 @@ def test_training_mode_says_that_packed_weights_stay(scheme: str) -> None:
     optimizer.step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_a_product_gives_may_be_written_to(scheme: str, rows: int) -> None:
+    """As fairseq's attention scales its queries."""
+    layer, dense = wide(80, 64, scheme)
+    x = torch.randn(rows, 3, 64)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight, layer.bias)
+        y *= 0.5
+        return y
+
+    found = gradients(lambda x: run(x, layer.weight), x)
+    assert_all_close(found, gradients(lambda x: run(x, dense), x))

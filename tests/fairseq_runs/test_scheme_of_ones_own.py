@@ -1,4 +1,4 @@
-"""A scheme that only this test registers, by fairseq's own loop, from its noise to the answers of its file."""
+"""A scheme that only this test registers, by fairseq's own loop, up to the answers of its file."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def apply(
     try:
         for i, m in enumerate(matches):
             if views[i] is None:
-                home, noise = m.home, recipe.noise_of(m.rule)
-                views[i] = WeightView(home.key, m.rule, noise, home.module, home.attribute, clock)
+                own, noise = m.owner, recipe.noise_of(m.rule)
+                views[i] = WeightView(own.key, m.rule, noise, own.module, own.attribute, clock)
                 made.append(views[i])
     except Exception:
         for view in made:

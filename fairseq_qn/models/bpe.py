@@ -94,18 +94,18 @@ def checked_text(source: Mapping[str, Any], assets: Mapping[str, Any]) -> dict[s
 
 @contextmanager
 def unpacked(
-    parts: Mapping[str, dict[str, Any] | None], assets: Mapping[str, bytes]
+    text: Mapping[str, dict[str, Any] | None], assets: Mapping[str, bytes]
 ) -> Iterator[dict[str, Any]]:
-    """The parts of checked_text with paths for the names of assets; the files lie there, under names of
+    """What checked_text gave, with paths for the names of assets; the files lie there, under names of
     ours, until the end.
     """
     with tempfile.TemporaryDirectory() as folder:
-        result = dict(parts)
-        if parts["bpe"] is not None:
-            result["bpe"] = dict(parts["bpe"])
-            name = parts["bpe"]["_name"]
+        result = dict(text)
+        if text["bpe"] is not None:
+            result["bpe"] = dict(text["bpe"])
+            name = text["bpe"]["_name"]
             for option in BPE_FILES[name]:
-                data = assets[parts["bpe"][option]]
+                data = assets[text["bpe"][option]]
                 _check_codes(name, data)
                 path = Path(folder) / option
                 path.write_bytes(data)

@@ -133,8 +133,8 @@ def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
         made = {**known, **model, "_name": arch}
         for key in {"adaptive_input_cutoff", "adaptive_softmax_cutoff"} & made.keys():
             made[key] = ",".join(map(str, made[key]))  # text to its dataclass
-    parts = {"model": made, "task": task, "common": {"seed": task["seed"]}}
-    return OmegaConf.create(parts, flags={"allow_objects": True})
+    configs = {"model": made, "task": task, "common": {"seed": task["seed"]}}
+    return OmegaConf.create(configs, flags={"allow_objects": True})
 
 
 def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:

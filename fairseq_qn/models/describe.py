@@ -47,10 +47,10 @@ def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str,
             names[key] = next((name for name, other in found.items() if other is dictionary), key)
             found[names[key]] = dictionary
     name = next((name for name, own in ours().items() if own is cls), cls.__name__)
-    parts = {"model": {"_name": name, **_values(args, MODELS.get(name, ()))}}
+    configs = {"model": {"_name": name, **_values(args, MODELS.get(name, ()))}}
     name = next((name for name in TASKS if type(task) in _tasks(name)), type(task).__name__)
-    parts["task"] = {"_name": name, **_values(config_of(task), TASKS.get(name, ()))}
-    return {"builder": "fairseq", **parts, "dictionaries": names}, found
+    configs["task"] = {"_name": name, **_values(config_of(task), TASKS.get(name, ()))}
+    return {"builder": "fairseq", **configs, "dictionaries": names}, found
 
 
 def checked(source: Mapping[str, Any], error: Refusal = FormatError) -> dict[str, Any]:

@@ -51,11 +51,11 @@ def _check_ties(state: Mapping[str, Tensor], ties: Sequence[Sequence[str]]) -> N
     """Two weights of the file cannot share a Parameter. What it ties may be apart in the model: `fill` ties
     it.
     """
-    home = {name: names[0] for names in ties for name in names}
+    first_of = {name: names[0] for names in ties for name in names}
     first: dict[int, str] = {}
     for name, tensor in state.items():
         other = first.setdefault(id(tensor), name)
-        if isinstance(tensor, nn.Parameter) and home.get(name, name) != home.get(other, other):
+        if isinstance(tensor, nn.Parameter) and first_of.get(name, name) != first_of.get(other, other):
             raise MismatchError(
                 f"{name}: expected a weight of its own, as the file has it, found one tied to {other}; "
                 "load the file into a model without the tie"

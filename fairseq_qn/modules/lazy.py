@@ -72,7 +72,7 @@ class LazyWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS:
+        if func in _MATMULS:
             found = _by_stored(func, args, kwargs)
             return _with_dense(func, args, kwargs) if found is None else found
         if func in _TRANSPOSES:
@@ -125,7 +125,7 @@ def _linear(x: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
 
 def _by_stored(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The product by what is stored, or None where it is another kind of product."""
-    roles, transposed = _PRODUCTS[func]
+    roles, transposed = _MATMULS[func]
     given = dict(zip(roles, args)) | kwargs
     if len(given) != len(args) + len(kwargs) or not given.keys() <= roles.keys():
         return None
@@ -191,7 +191,7 @@ _MATMUL = ({"input": "x", "other": "weight"}, True)
 _MM = ({"input": "x", "mat2": "weight"}, True)
 _ADDMM = ({"input": "bias", "mat1": "x", "mat2": "weight"}, True)
 # names of the arguments -> what they are; whether the weight is transposed
-_PRODUCTS: dict[Any, tuple[dict[str, str], bool]] = {
+_MATMULS: dict[Any, tuple[dict[str, str], bool]] = {
     F.linear: ({"input": "x", "weight": "weight", "bias": "bias"}, False),
     torch.matmul: _MATMUL, Tensor.matmul: _MATMUL, Tensor.__matmul__: _MATMUL, torch.mm: _MM, Tensor.mm: _MM,
     torch.addmm: _ADDMM, Tensor.addmm: _ADDMM,

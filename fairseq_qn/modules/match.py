@@ -37,12 +37,12 @@ class Owner:
 
 @dataclass(frozen=True)
 class Match:
-    """A Parameter and the rule that takes it. `home` is the owner whose name matched; `owners` holds all,
-    home included.
+    """A Parameter and the rule that takes it. `owner` is the one whose name matched; `owners` holds
+    all, it included.
     """
 
     rule: Rule
-    home: Owner
+    owner: Owner
     owners: tuple[Owner, ...]
 
 
@@ -120,9 +120,9 @@ def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[lis
             used.add(id(found.rule))  # not the rule: its twin further down takes nothing
             stages.add(found.rule.stage)
             matches.append(found)
-            coverage.matched[found.home.key] = (found.rule, size)
+            coverage.matched[found.owner.key] = (found.rule, size)
             if len(owners) > 1:
-                coverage.ties[found.home.key] = tuple(o.key for o in owners if o is not found.home)
+                coverage.ties[found.owner.key] = tuple(o.key for o in owners if o is not found.owner)
     if strict:
         _check_used(recipe, used, stages, groups)
     return matches, coverage

@@ -79,12 +79,12 @@ def pack(module: nn.Module, stored: Stored, label: str = "packed") -> None:
     module._qn_label = label
 
 
-def tie(owner: nn.Module, attribute: str, packed: nn.Module) -> None:
-    """Let `owner.<attribute>` read the weight of a compressed module."""
-    base = type(owner)
-    del owner._parameters[attribute]
-    owner.__dict__["_qn_packed"] = packed  # past nn.Module.__setattr__: not a submodule
-    owner.__class__ = _tied_class(base, attribute)
+def tie(module: nn.Module, attribute: str, packed: nn.Module) -> None:
+    """Let `module.<attribute>` read the weight of a compressed module."""
+    base = type(module)
+    del module._parameters[attribute]
+    module.__dict__["_qn_packed"] = packed  # past nn.Module.__setattr__: not a submodule
+    module.__class__ = _tied_class(base, attribute)
 
 
 @cache

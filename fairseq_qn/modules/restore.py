@@ -165,21 +165,21 @@ def _fill(
     packed: list[tuple[str, nn.Module, list[tuple[nn.Module, str]]]] = []
     for name, stored in layers.items():
         owners = [_place(model, key) for key in (name, *tied.get(name, ()))]
-        home = next((module for module, attribute in owners if attribute == "weight"), None)
-        if labels is not None and home is not None:
-            packed.append((name, home, owners))
+        holder = next((module for module, attribute in owners if attribute == "weight"), None)
+        if labels is not None and holder is not None:
+            packed.append((name, holder, owners))
         else:
             module, attribute = owners[0]
             _assign(model, name, stored.dense(module._parameters[attribute].dtype))
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)
-    for name, home, owners in packed:
-        pack(home, layers[name], labels[name])
+    for name, holder, owners in packed:
+        pack(holder, layers[name], labels[name])
         for module, attribute in owners:
-            # not the home, nor a module that goes by two names a second time
+            # not the holder, nor a module that goes by two names a second time
             if attribute in module._parameters:
-                tie(module, attribute, home)
+                tie(module, attribute, holder)
     for module in model.modules() if packed else ():
         # fairseq's attention: to call its projections, not read them
         if hasattr(module, "_set_skip_embed_dim_check"):
@@ -198,11 +198,11 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _retie(model: nn.Module, first: str, other: str) -> None:
-    (home, attribute), (module, other_attribute) = _place(model, first), _place(model, other)
-    if attribute in home._parameters:
-        module._parameters[other_attribute] = home._parameters[attribute]
+    (holder, attribute), (module, other_attribute) = _place(model, first), _place(model, other)
+    if attribute in holder._parameters:
+        module._parameters[other_attribute] = holder._parameters[attribute]
     else:
-        module._buffers[other_attribute] = home._buffers[attribute]
+        module._buffers[other_attribute] = holder._buffers[attribute]
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

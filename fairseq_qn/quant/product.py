@@ -75,8 +75,8 @@ class Groups:
         counts = torch.bincount(counted, minlength=n_centroids)
         runs = (counts + RUN - 1).div(RUN, rounding_mode="floor")
         begin, first = counts.cumsum(0) - counts, runs.cumsum(0) - runs
-        owner = torch.repeat_interleave(runs)  # the code of each run
-        starts = begin[owner] + RUN * (torch.arange(len(owner), device=flat.device) - first[owner])
+        code = torch.repeat_interleave(runs)  # the code of each run
+        starts = begin[code] + RUN * (torch.arange(len(code), device=flat.device) - first[code])
         return cls(order, starts.int(), first.int(), counts, flat, padding_idx)
 
 

@@ -42,7 +42,7 @@ def taken(*rules: dict[str, Any], keep: tuple[str, ...] = (), strict: bool = Tru
     }
     recipe = Recipe.load(data)
     matches, coverage = match(Model(), recipe, strict=strict)
-    assert [m.home.key for m in matches] == list(coverage.matched)
+    assert [m.owner.key for m in matches] == list(coverage.matched)
     return {
         name: next(i for i, r in enumerate(recipe.rules) if r is rule)
         for name, (rule, _) in coverage.matched.items()

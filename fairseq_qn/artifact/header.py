@@ -43,7 +43,7 @@ from fairseq_qn.errors import EncodeError, FormatError
 
 FORMAT = "fairseq_qn"
 VERSION = 2
-MAX_HEADER_BYTES = 1 << 21  # a RoBERTa-base has 12 kB
+MAX_HEADER_BYTES = 1 << 21  # a RoBERTa-base has 47 kB
 MAX_MANIFEST_BYTES = 1 << 21  # of JSON; a RoBERTa-base has 14 kB
 MAX_TENSORS = 10_000  # a RoBERTa-base has 264
 MAX_RANK = 64  # numpy's limit

@@ -102,11 +102,6 @@ class WeightView:
         return tuple(self.prefix + name for name in ("phase", *self.scheme.buffer_names, "digest"))
 
     @property
-    def buffer_keys(self) -> tuple[str, ...]:
-        """State-dict keys of this view's buffers."""
-        return tuple(key[: -len(self.attribute)] + name for key in self.keys for name in self.buffer_names)
-
-    @property
     def phase(self) -> int:
         """FLOAT, CODED or FROZEN, as the buffer says."""
         return self.derived("phase", int)

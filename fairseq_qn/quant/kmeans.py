@@ -100,30 +100,13 @@ class _Points:
         return codes, sums / counts.clamp(min=1).unsqueeze(1), counts
 
 
-def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codeword nearest to each row, the lowest on ties: x [n, d], codebook [K, d] -> int32
-    [n].
-    """
-    if not kernel.usable(x):
-        return _nearest(x, codebook)
-    x = x.contiguous()
-    points, _ = kernel.lay_out(x, torch.zeros(x.shape[1], dtype=torch.float64), 1.0)
-    return kernel.assign(points, x, codebook)[0]
-
-
 def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """The codeword nearest to each row, the lowest on ties: x [n, d], codebook [K, d] -> int32 [n]."""
     # argmin ||x - c||^2 = argmax x.c - ||c||^2 / 2
     bias = codebook.pow(2).sum(1).div(-2)
     step = max(64, CHUNK // len(codebook))
     transposed = codebook.t().contiguous()
-    parts = [torch.addmm(bias, part, transposed).argmax(1).int() for part in x.split(step)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device=x.device)
-
-
-def cluster_means(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
-    """Mean of the rows of each code, summed in fp64: (fp32 [K, d], counts int64 [K]); no rows, mean 0."""
-    sums, counts = _sums(x, codes, n_centroids)
-    return (sums / counts.clamp(min=1).unsqueeze(1)).float(), counts
+    return torch.cat([torch.addmm(bias, part, transposed).argmax(1).int() for part in x.split(step)])
 
 
 def _sums(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fairseq_qn.kernels import native
 from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
-from fairseq_qn.quant.kmeans import Clusters, kmeans, nearest
+from fairseq_qn.quant.kmeans import Clusters, kmeans
 
 PART = 1 << 18  # codes that are widened at a time
 RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal blocks is 0.3% off
@@ -175,9 +175,3 @@ def learn(
     if pad is not None:
         codes = torch.cat([codes[:pad], codes.new_zeros(1, columns), codes[pad:]])
     return codes, clusters
-
-
-def encode(weight: Tensor, codebook: Tensor, n_centroids: int) -> Tensor:
-    """Codes [out_features, blocks a row] of the codeword nearest to each block; codebook [K, d]."""
-    codes = nearest(to_blocks(weight.detach().float(), codebook.shape[1]), codebook.float())
-    return codes.reshape(codes_shape(weight.shape, codebook.shape[1])).to(codes_dtype(n_centroids))

@@ -63,7 +63,7 @@ def with_faiss(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
     import faiss
 
     from fairseq_qn.quant import product
-    from fairseq_qn.quant.kmeans import Clusters, cluster_means
+    from fairseq_qn.quant.kmeans import Clusters
 
     def kmeans(x: torch.Tensor, k: int, *, iterations: int, seed: int, **_: Any) -> Clusters:
         blocks = x.float().contiguous()
@@ -73,12 +73,8 @@ def with_faiss(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
         found.train(blocks.numpy())
         distances, codes = found.index.search(blocks.numpy(), 1)
         codes = torch.from_numpy(codes[:, 0]).int()
-        return Clusters(
-            codes,
-            cluster_means(blocks, codes, k)[0],
-            (float(distances.sum()),),
-            float(blocks.square().sum()),
-        )
+        codebook = torch.from_numpy(found.centroids)
+        return Clusters(codes, codebook, (float(distances.sum()),), float(blocks.square().sum()))
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     product.kmeans = kmeans

@@ -210,15 +210,3 @@ def test_nan_names_the_layer() -> None:
     weight[2, 1] = float("nan")
     with pytest.raises(NonFiniteWeight, match="^decoder.fc2.weight: 1 of 16 values"):
         product.learn(weight, 2, 2, name="decoder.fc2.weight")
-
-
-@given(weights_and_block_sizes(), st.integers(1, 9), st.integers(0, 999))
-def test_encode_finds_the_codeword_that_a_block_is(case: Case, k: int, seed: int) -> None:
-    weight, d = case
-    codebook = torch.randn(k, d, generator=torch.Generator().manual_seed(seed)).mul(
-        4
-    ).round() + torch.arange(k).unsqueeze(1)
-    codebook = codebook.unique(dim=0)
-    codes = random_codes(weight, d, len(codebook), seed)
-    decoded = product.decode(codes, codebook, weight.shape)
-    assert torch.equal(product.encode(decoded, codebook, len(codebook)), codes)

@@ -1,0 +1,1 @@
+"""One command of `fairseq-qn` a file: its `run`, with the arguments that cli.py declares."""

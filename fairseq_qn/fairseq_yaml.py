@@ -15,6 +15,11 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
 
     Doubled backslashes, as in fairseq's shipped example, are read as one: no module name holds a backslash.
     Patterns must match whole names. Block sizes come from `block_sizes` by attribute or by part of the name.
+
+    >>> sizes = {"Linear": {"key": "in_features", "value": {"*": 8, 512: 4}}}
+    >>> read = from_fairseq_yaml({"layers_to_quantize": ["encoder.*fc1"], "block_sizes": sizes})
+    >>> [(rule["layers"], rule["where"], rule["block_size"]) for rule in read["rules"]]
+    [('encoder.*fc1', {'in_features': 512}, 4), ('encoder.*fc1', {}, 8)]
     """
     only(data, ("layers_to_quantize", "block_sizes", "n_centroids"), "fairseq's configuration")
     rules, stages = [], []

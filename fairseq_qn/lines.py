@@ -10,7 +10,12 @@ from fairseq_qn.errors import RecipeError
 
 
 def pattern(value: Any, where: str) -> str:
-    """A regular expression."""
+    """A regular expression.
+
+    >>> pattern("fc[12", "rules[0].layers")
+    Traceback (most recent call last):
+    fairseq_qn.errors.RecipeError: rules[0].layers: not a regular expression: 'fc[12': ...
+    """
     if not isinstance(value, str):
         raise RecipeError(f"{where}: not a regular expression: {value!r}")
     try:
@@ -35,7 +40,12 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def only(data: Any, known: Iterable[str], where: str) -> None:
-    """A mapping without lines that are not known."""
+    """A mapping without lines that are not known.
+
+    >>> only({"p": 0.1, "q": 1}, ("kind", "p"), "noise")
+    Traceback (most recent call last):
+    fairseq_qn.errors.RecipeError: noise: unknown q; known: kind, p
+    """
     known = list(known)
     unknown = sorted(map(str, set(mapping(data, where)) - set(known)))
     if unknown:
@@ -51,7 +61,12 @@ def one_of(value: Any, known: Iterable[Any], where: str) -> Any:
 
 
 def whole(value: Any, bounds: tuple[int, int], where: str) -> int:
-    """A whole number within bounds."""
+    """A whole number within bounds.
+
+    >>> whole(4, (2, 8), "bits"), whole(True, (0, 1), "bits")
+    Traceback (most recent call last):
+    fairseq_qn.errors.RecipeError: bits: expected a whole number from 0 to 1, found True
+    """
     if type(value) is not int or not bounds[0] <= value <= bounds[1]:
         expected = f"a whole number from {bounds[0]} to {bounds[1]}"
         raise RecipeError(f"{where}: expected {expected}, found {value!r}")

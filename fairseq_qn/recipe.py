@@ -38,7 +38,12 @@ class Noise:
     refresh: str | int = "epoch"
 
     def at(self, update: int) -> float:
-        """The noise probability at an update."""
+        """The noise probability at an update.
+
+        >>> noise = Noise("proxy", p=((0, 0.0), (100, 0.5)))
+        >>> [noise.at(update) for update in (0, 50, 100, 900)]
+        [0.0, 0.25, 0.5, 0.5]
+        """
         before = [knot for knot in self.p if knot[0] <= update]
         after = [knot for knot in self.p if knot[0] > update]
         if not before or not after:
@@ -61,7 +66,12 @@ class Rule:
     optional: bool = False  # may match nothing
 
     def takes(self, names: list[str], module: object) -> bool:
-        """Whether this rule takes a module known under `names` (its own and those of modules tied to it)."""
+        """Whether this rule takes a module known under `names` (its own and those of modules tied to it).
+
+        >>> rule = Recipe.load({"version": 1, "rules": [{"layers": ".*fc1", "scheme": "integer"}]}).rules[0]
+        >>> rule.takes(["encoder.fc1"], object()), rule.takes(["encoder.fc1.bias"], object())
+        (True, False)
+        """
         if self.module and self.module not in {cls.__name__ for cls in type(module).__mro__}:
             return False
         if any(_plain(getattr(module, key, None)) != _plain(value) for key, value in self.where.items()):
@@ -94,6 +104,14 @@ class Recipe:
 
         fairseq's own quantisation YAML (n_centroids, block_sizes, layers_to_quantize) is understood as well.
         Raises RecipeError.
+
+        >>> rule = {"layers": ".*fc[12]", "scheme": "product", "block_size": 4, "stage": "ffn"}
+        >>> recipe = Recipe.load({"version": 1, "noise": {"kind": "proxy", "p": 0.1}, "rules": [rule]})
+        >>> recipe.rules[0].scheme, recipe.noise.at(0), recipe.stages
+        (Product(block_size=4, n_centroids=256), 0.1, (Stage(name='ffn', update=None, epoch=None),))
+        >>> Recipe.load({"version": 1, "rules": [{**rule, "bits": 4}]})
+        Traceback (most recent call last):
+        fairseq_qn.errors.RecipeError: recipe: rules[0]: bits: not of scheme product; take it out, or ...
         """
         data, where = _read(source)
         if not isinstance(data, Mapping):
@@ -123,7 +141,12 @@ class Recipe:
         return plain
 
     def to_json(self) -> str:
-        """One line of JSON, for a checkpoint's configuration."""
+        """One line of JSON, for a checkpoint's configuration.
+
+        >>> rules = [{"layers": "fc1", "scheme": "integer", "bits": 4}]
+        >>> Recipe.load({"version": 1, "rules": rules}).to_json()
+        '{"version":1,"noise":{"kind":"none","p":[[0,0.0]],"refresh":"epoch"},"rules":[{"layers":"fc1",...
+        """
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
     def noise_of(self, rule: Rule) -> Noise:
@@ -137,6 +160,9 @@ def short_recipe(p: float, block_size: int, bits: int | None = None) -> Recipe:
 
     fairseq's order of stages: feed-forward layers, embeddings, attention; layers that a model lacks are
     passed over.
+
+    >>> [(rule.stage, rule.scheme.block_size) for rule in short_recipe(0.1, block_size=8).rules]
+    [('ffn', 8), ('emb', 8), ('attn', 8)]
     """
     scheme = {"scheme": "integer", "bits": bits} if bits else {"scheme": "product", "block_size": block_size}
     layers = {"ffn": r".*\.fc[12]", "emb": r".*embed_tokens(\..*)?", "attn": r".*attn\.(q|k|v|out)_proj"}

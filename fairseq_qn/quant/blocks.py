@@ -20,7 +20,12 @@ from fairseq_qn.errors import BlockSizeError
 
 
 def check_block_size(shape: Sequence[int], block_size: int, name: str = "weight") -> None:
-    """Raise BlockSizeError unless blocks of `block_size` tile a weight of this shape."""
+    """Raise BlockSizeError unless blocks of `block_size` tile a weight of this shape.
+
+    >>> check_block_size((16, 12), 8, name="fc1")
+    Traceback (most recent call last):
+    fairseq_qn.errors.BlockSizeError: fc1: block_size has to divide the input dimension 12, found 8; try ...
+    """
     inputs, kernel = shape[1], prod(shape[2:])
     if kernel == 1:
         if inputs % block_size:
@@ -41,12 +46,21 @@ def check_block_size(shape: Sequence[int], block_size: int, name: str = "weight"
 
 
 def codes_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """[out_features, blocks a row]: the shape of the codes of a weight of this shape."""
+    """[out_features, blocks a row]: the shape of the codes of a weight of this shape.
+
+    >>> codes_shape((16, 12), 4), codes_shape((32, 6, 3, 3), 9)
+    ((16, 3), (32, 6))
+    """
     return shape[0], prod(shape[1:]) // block_size
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """[out, in, ...] -> [n_blocks, block_size]; a view where the weight is contiguous."""
+    """[out, in, ...] -> [n_blocks, block_size]; a view where the weight is contiguous.
+
+    >>> import torch
+    >>> to_blocks(torch.arange(8).view(2, 4), 2).tolist()
+    [[0, 1], [2, 3], [4, 5], [6, 7]]
+    """
     return weight.reshape(-1, block_size)
 
 

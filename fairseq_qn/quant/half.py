@@ -25,6 +25,9 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 def exponent_of(values: Tensor, dtype: torch.dtype) -> int:
     """The power of two that `narrowed` takes out: 0 unless `dtype` is fp16 and would overflow or lose small
     values.
+
+    >>> [exponent_of(torch.tensor([x]), torch.float16) for x in (1.0, 1e6, 2.0**-10)]
+    [0, 20, -9]
     """
     if not values.is_floating_point() or dtype != torch.float16 or not values.numel():
         return 0
@@ -35,7 +38,11 @@ def exponent_of(values: Tensor, dtype: torch.dtype) -> int:
 
 
 def widened(values: Tensor, exponent: int) -> Tensor:
-    """fp32 values of a narrowed tensor; what is not floating point, or fp64, unchanged."""
+    """fp32 values of a narrowed tensor; what is not floating point, or fp64, unchanged.
+
+    >>> widened(torch.tensor([0.5, -0.25], dtype=torch.float16), 20).tolist()
+    [524288.0, -262144.0]
+    """
     if not values.is_floating_point() or values.dtype == torch.float64:
         return values
     return torch.ldexp(values.float(), torch.tensor(exponent)) if exponent else values.float()

@@ -34,6 +34,9 @@ def ranges_shape(
 ) -> tuple[int, int]:
     """[n_ranges, values a range] of a weight: one range for the tensor, for each row, or for `group_size`
     values of a row.
+
+    >>> [ranges_shape((4, 128), granularity, 64) for granularity in ("tensor", "channel", "group")]
+    [(1, 512), (4, 128), (8, 64)]
     """
     numel = prod(shape)
     if granularity == "tensor":
@@ -51,7 +54,12 @@ def ranges_shape(
 def quantize(
     weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
 ) -> Integers:
-    """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError."""
+    """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError.
+
+    >>> found = quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2)
+    >>> found.levels.tolist(), found.scale.tolist(), found.zero.tolist()
+    ([[0, 1, 2, 3]], [3.0], [1])
+    """
     rows = _rows(weight, granularity, group_size, name)
     scale, zero = _affine(rows, bits)
     if not bool(torch.isfinite(scale).all()):
@@ -63,7 +71,11 @@ def quantize(
 def dequantize(
     integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
-    """The weight that the integers stand for; `out`, fp32 and contiguous, may be where it is worked out."""
+    """The weight that the integers stand for; `out`, fp32 and contiguous, may be where it is worked out.
+
+    >>> dequantize(quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2), (2, 2)).tolist()
+    [[-3.0, 0.0], [3.0, 6.0]]
+    """
     if kernel.usable(integers.levels, integers.scale):
         return (
             kernel.dequantize(integers.levels, integers.scale, integers.zero, out)
@@ -81,6 +93,9 @@ def fake_quantize(
     """dequantize(quantize(weight)), of the same shape and dtype, but NaN for a range that holds NaN or Inf.
 
     For a read in each forward pass: it waits for no GPU, and takes no memory but the result's (fp32).
+
+    >>> fake_quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2).tolist()
+    [[-3.0, 0.0, 3.0, 6.0]]
     """
     rows = _rows(weight, granularity, group_size, name)
     scale, zero = _affine(rows, bits)
@@ -97,6 +112,10 @@ def fake_quantize_some(
 ) -> Tensor:
     """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight
     elsewhere.
+
+    >>> masks = torch.tensor([True, True]), torch.tensor([False, True])
+    >>> fake_quantize_some(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), masks, bits=2).tolist()
+    [[-3.0, 0.0, 2.0, 6.0]]
     """
     if weight.dtype == torch.float64:  # which fp32 would round elsewhere too
         mask = torch.cat([part.clone() for part in masks]).view(weight.shape)

@@ -125,7 +125,11 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def count_nonfinite(x: Tensor) -> int:
-    """How many values are NaN or Inf; where there are none, in one pass without a temporary."""
+    """How many values are NaN or Inf; where there are none, in one pass without a temporary.
+
+    >>> count_nonfinite(torch.tensor([1.0, float("nan"), float("-inf")]))
+    2
+    """
     return 0 if bool(torch.isfinite(x.sum())) else int((~torch.isfinite(x)).sum())
 
 
@@ -134,6 +138,10 @@ def kmeans(x: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, 
     """Cluster the rows of x [n, d] around min(n_centroids, n) codewords.
 
     `start` [K, d]: codewords to start from instead of drawn rows. Raises NonFiniteWeight, naming `name`.
+
+    >>> found = kmeans(torch.tensor([[0.0], [9.0], [1.0], [11.0]]), 2)
+    >>> found.codebook[found.codes.long()].tolist(), found.objective
+    ([[0.5], [10.0], [0.5], [10.0]], 2.5)
     """
     x = x.detach().float().contiguous()
     if bad := count_nonfinite(x):

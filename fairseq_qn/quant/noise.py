@@ -16,12 +16,20 @@ CHUNK = 1 << 20  # draws at a time; part of what defines a mask on a GPU
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 64-bit seed that depends on each of its parts: (seed, update, micro-batch, rank, layer)."""
+    """A 64-bit seed that depends on each of its parts: (seed, update, micro-batch, rank, layer).
+
+    >>> seed_of(1, 200, 0, 0, "fc1")
+    6632641766060048050
+    """
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def is_certain(p: float) -> bool:
-    """Whether p is 1 to the nearest 1/65536: no mask has to be drawn."""
+    """Whether p is 1 to the nearest 1/65536: no mask has to be drawn.
+
+    >>> is_certain(1.0), is_certain(0.999999), is_certain(0.9999)
+    (True, True, False)
+    """
     return round(p * 65536) >= 65536
 
 
@@ -29,6 +37,9 @@ def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -
     """n independent draws, True with probability p to the nearest 1/65536; bool [n].
 
     Four draws from each 64-bit number: the generator is what costs.
+
+    >>> bernoulli(8, p=0.5, seed=1).int().tolist()
+    [1, 1, 1, 0, 0, 1, 0, 1]
     """
     if is_certain(p):
         return torch.ones(n, dtype=torch.bool, device=device)
@@ -52,7 +63,11 @@ def draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[T
 
 
 def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """The proxy phi = 0: blocks where mask [n_blocks] is True read as zero."""
+    """The proxy phi = 0: blocks where mask [n_blocks] is True read as zero.
+
+    >>> drop_blocks(torch.ones(2, 4), torch.tensor([True, False, False, True]), block_size=2).tolist()
+    [[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]
+    """
     blocks = to_blocks(weight, block_size) * mask.logical_not().unsqueeze(1)  # faster than masked_fill
     return blocks.reshape(weight.shape)
 
@@ -62,6 +77,10 @@ def replace_blocks(weight: Tensor, phi: Tensor, mask: Tensor, block_size: int) -
 
     Written into `phi`, a contiguous tensor of the weight's dtype: fresh memory costs more than what it is
     filled with.
+
+    >>> phi, mask = torch.full((1, 4), 7.0), torch.tensor([False, True])
+    >>> replace_blocks(torch.ones(1, 4), phi, mask, block_size=2).tolist()
+    [[1.0, 1.0, 7.0, 7.0]]
     """
     blocks = to_blocks(phi, block_size)
     torch.where(mask.unsqueeze(1), blocks, to_blocks(weight, block_size), out=blocks)

@@ -30,19 +30,30 @@ RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal
 def codes_dtype(n_centroids: int) -> torch.dtype:
     """The smallest dtype that holds codes 0 .. n_centroids - 1 and that DDP can broadcast, which int16 is
     not.
+
+    >>> codes_dtype(256), codes_dtype(257)
+    (torch.uint8, torch.int32)
     """
     return torch.uint8 if n_centroids <= 1 << 8 else torch.int32
 
 
 def code_bits(n_centroids: int) -> int:
-    """Bits of one packed code, 1 .. 16."""
+    """Bits of one packed code, 1 .. 16.
+
+    >>> [code_bits(k) for k in (1, 2, 200, 256, 257)]
+    [1, 1, 8, 8, 9]
+    """
     return max(1, ceil(log2(n_centroids)))
 
 
 def n_codewords(
     shape: Sequence[int], block_size: int, n_centroids: int, padding_idx: int | None = None
 ) -> int:
-    """K, clipped to the number of blocks that have to be encoded (a pad row is not)."""
+    """K, clipped to the number of blocks that have to be encoded (a pad row is not).
+
+    >>> n_codewords((3, 8), 4, 256), n_codewords((3, 8), 4, 256, padding_idx=0)
+    (6, 4)
+    """
     rows, columns = codes_shape(shape, block_size)
     return max(1, min(n_centroids, (rows - (padding_idx is not None)) * columns))
 
@@ -54,6 +65,10 @@ class Groups:
 
     order int32 [n]: blocks by code; starts int32 [n_runs]: where in `order` each run begins; first int32
     [K]: the first run of each code; counts int64 [K]; codes [n_blocks], as they were given.
+
+    >>> groups = Groups.of(torch.tensor([[1, 0], [1, 1]]), n_centroids=3)
+    >>> groups.order.tolist(), groups.counts.tolist()
+    ([1, 0, 2, 3], [1, 3, 0])
     """
 
     order: Tensor
@@ -83,6 +98,10 @@ class Groups:
 def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     """Mean of the blocks that share a code: fp32 [K, d] (fp64 for an fp64 weight); 0 for a code that none
     has.
+
+    >>> groups = Groups.of(torch.tensor([[0, 0], [0, 1]]), n_centroids=3)
+    >>> codebook_of(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]), groups, 2).tolist()
+    [[3.0, 4.0], [7.0, 8.0], [0.0, 0.0]]
     """
     blocks = to_blocks(weight, block_size)
     if blocks.dtype not in (torch.float32, torch.float64):
@@ -102,6 +121,10 @@ def decode(
 ) -> Tensor:
     """codes (any integer dtype and shape, n_blocks of them), codebook [K, d] -> weight, whose pad row is
     `pad`, or zero.
+
+    >>> codebook = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> decode(torch.tensor([[0, 1], [1, 1]]), codebook, shape=(2, 4)).tolist()
+    [[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 3.0, 4.0]]
     """
     codes = codes.reshape(-1)
     if codebook.requires_grad or native.watched():
@@ -119,6 +142,10 @@ def decode(
 def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     """Replace each block by the mean of the blocks that share its code; same shape and dtype. The pad row
     stays as it is.
+
+    >>> groups = Groups.of(torch.tensor([[0, 0], [0, 1]]), n_centroids=2)
+    >>> project(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), groups, block_size=1).tolist()
+    [[3.0, 3.0], [3.0, 9.0]]
     """
     codebook, pad = codebook_of(weight, groups, block_size), groups.padding_idx
     return decode(groups.codes, codebook, weight.shape, pad, None if pad is None else weight[pad]).to(
@@ -129,6 +156,10 @@ def project(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
 def project_moment(moment: Tensor, groups: Groups, block_size: int, *, squared: bool) -> Tensor:
     """A moment of Adam's -> that of each block's codeword: the mean of its |J| blocks, of squares the mean /
     |J|. Same shape and dtype; the pad row stays as it was.
+
+    >>> groups, moment = Groups.of(torch.tensor([[0, 0], [1, 1]]), n_centroids=2), torch.ones(2, 2)
+    >>> project_moment(moment, groups, block_size=1, squared=True).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
     """
     codebook, pad = codebook_of(moment, groups, block_size), groups.padding_idx
     if squared:
@@ -140,6 +171,11 @@ def project_moment(moment: Tensor, groups: Groups, block_size: int, *, squared: 
 def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) -> Tensor:
     """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the
     blocks.
+
+    >>> groups = Groups.of(torch.tensor([[0, 0], [0, 1]]), n_centroids=2)
+    >>> mask = torch.tensor([False, True, True, True])
+    >>> project_some(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), groups, 1, mask).tolist()
+    [[1.0, 3.0], [3.0, 9.0]]
     """
     hit = mask.nonzero().squeeze(1)
     if groups.padding_idx is not None:
@@ -164,6 +200,10 @@ def learn(
     """Codes [out_features, blocks a row] of a weight by k-means, and the clusters they come from.
 
     The pad row takes no part and gets code 0. Raises NonFiniteWeight.
+
+    >>> codes, found = learn(torch.tensor([[1.0, 2.0, 1.0, 2.0], [1.0, 2.0, 5.0, 6.0]]), 2, n_centroids=2)
+    >>> found.codebook[codes.long()].tolist()
+    [[[1.0, 2.0], [1.0, 2.0]], [[1.0, 2.0], [5.0, 6.0]]]
     """
     kept, pad, columns = weight.detach(), padding_idx, codes_shape(weight.shape, block_size)[1]
     if pad is not None:

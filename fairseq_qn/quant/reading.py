@@ -14,6 +14,12 @@ Function = Callable[[Tensor], Tensor]
 def read(weight: Tensor, value: Function, gradient: Function | None) -> Tensor:
     """value(weight); the gradient is gradient(that of the value), or that itself (None): the
     straight-through estimator.
+
+    >>> weight = torch.tensor([0.25, 0.75], requires_grad=True)
+    >>> seen = read(weight, torch.round, None)
+    >>> (3 * seen).sum().backward()
+    >>> seen.tolist(), weight.grad.tolist()
+    ([0.0, 1.0], [3.0, 3.0])
     """
     if torch._C._are_functorch_transforms_active():
         seen: Tensor = FunctionalRead.apply(weight, value, gradient)

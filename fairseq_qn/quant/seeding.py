@@ -17,7 +17,12 @@ PART = 1 << 18  # rows at a time, which bounds what is held beside them
 
 
 def keys(x: Tensor) -> Tensor:
-    """int64 [n], equal for equal rows of x fp32 [n, d] and hardly ever for others."""
+    """int64 [n], equal for equal rows of x fp32 [n, d] and hardly ever for others.
+
+    >>> a, b, c = keys(torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0]])).tolist()
+    >>> a == b, a == c
+    (True, False)
+    """
     factors = torch.full((x.shape[1],), FACTOR, device=x.device).cumprod(0)  # int64, which wraps around
     found = []
     for part in x.split(PART):
@@ -29,6 +34,11 @@ def keys(x: Tensor) -> Tensor:
 def distinct(x: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
     """Which of the distinct rows of x [n, d] each row is, int32 [n], and those rows; None if they are more
     than `most`.
+
+    >>> x = torch.tensor([[5.0], [7.0], [5.0]])
+    >>> codes, rows = distinct(x, most=2)
+    >>> len(rows), rows[codes.long()].tolist(), distinct(x, most=1)
+    (2, [[5.0], [7.0], [5.0]], None)
     """
     found, codes = keys(x).unique(return_inverse=True)
     if len(found) > most:
@@ -41,6 +51,10 @@ def distinct(x: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
 def sample(mass: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rows int64 [size], drawn in proportion to mass fp64 [n], and how many each stands for; all n if they
     are no more.
+
+    >>> mass = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    >>> [found.tolist() for found in sample(mass, 2, torch.Generator())]
+    [[2, 2], [0.5, 0.5]]
     """
     if len(mass) <= size:
         return torch.arange(len(mass), device=mass.device), torch.ones_like(mass)

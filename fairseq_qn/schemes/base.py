@@ -187,7 +187,11 @@ class Scheme(ABC):
 
 
 def distortion(w: Tensor, quantized: Tensor) -> float:
-    """||w - w'||^2 / ||w||^2."""
+    """||w - w'||^2 / ||w||^2.
+
+    >>> distortion(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0]))
+    0.04
+    """
     norm = w.double().pow(2).sum()
     error = (w.double() - quantized.double()).pow(2).sum()
     return float(error / norm) if norm > 0 else 0.0

@@ -155,7 +155,12 @@ class Integer(Scheme):
 
     @classmethod
     def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
-        """levels, and an affine map for each range."""
+        """levels, and an affine map for each range.
+
+        >>> entry = {"shape": [64, 32], "bits": 4, "granularity": "channel", "group_size": 64}
+        >>> {part: shape for part, (_, shape) in Integer.layout(entry, torch.float16).items()}
+        {'levels': (1024,), 'scale': (64,), 'zero': (64,)}
+        """
         ranges, _ = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
         levels = torch.uint8, (packed_bytes(prod(entry["shape"]), entry["bits"]),)
         return {"levels": levels, "scale": (torch.float32, (ranges,)), "zero": (torch.uint8, (ranges,))}

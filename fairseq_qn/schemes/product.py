@@ -198,7 +198,11 @@ class Product(Scheme):
 
     @classmethod
     def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
-        """codes, codebook, and the pad row if there is one."""
+        """codes, codebook, and the pad row if there is one.
+
+        >>> Product.layout({"shape": [64, 32], "block_size": 8, "n_centroids": 16}, torch.float16)
+        {'codes': (torch.uint8, (128,)), 'codebook': (torch.float16, (16, 8))}
+        """
         n, d, k = prod(entry["shape"]), entry["block_size"], entry["n_centroids"]
         pad = {"pad": (dtype, (n // entry["shape"][0],))} if "pad" in entry else {}
         codes = torch.uint8, (packed_bytes(n // d, product.code_bits(k)),)
@@ -233,7 +237,11 @@ class Product(Scheme):
 
     @classmethod
     def label(cls, entry: Entry) -> str:
-        """PQ d8 K256."""
+        """PQ d8 K256.
+
+        >>> Product.label({"block_size": 8, "n_centroids": 256})
+        'PQ d8 K256'
+        """
         return f"PQ d{entry['block_size']} K{entry['n_centroids']}"
 
     def finite(self, w: Tensor, site: Site) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fairseq_qn.artifact import container, manifest
 from fairseq_qn.errors import RecipeError, UnsupportedError
 from fairseq_qn.modules import stages
-from fairseq_qn.modules.clock import Clock, track
+from fairseq_qn.modules.apply import install_all, uninstall_all
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.export import content_of
 from fairseq_qn.modules.follow import follow
@@ -27,12 +27,11 @@ from fairseq_qn.modules.freeze import (
     refresh_due,
     refresh_views,
 )
-from fairseq_qn.modules.install import StoredParameters, install, uninstall
-from fairseq_qn.modules.match import Coverage, Match, match
+from fairseq_qn.modules.match import Coverage
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.restore import File, read, register_builder
 from fairseq_qn.modules.stages import Stages
-from fairseq_qn.modules.view import FROZEN, WeightView, views_of
+from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport
 
@@ -58,40 +57,7 @@ def apply(
     are in place, or a weight cannot carry one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    clocks = [module.__dict__["_qn_clock"] for module in model.modules() if "_qn_clock" in module.__dict__]
-    if any(clock.recipe != recipe for clock in clocks):
-        raise UnsupportedError(
-            "apply: the model, a part of it or one that it is a part of carries the views of another "
-            "recipe; build it anew"
-        )
-    matches, coverage = match(model, recipe, strict=strict)
-    known = "_qn_clock" in model.__dict__
-    clock = clocks[0] if clocks else Clock(torch.initial_seed() if seed is None else seed, recipe)
-    views = [_view_of(m) for m in matches]
-    made: list[WeightView] = []
-    try:
-        for i, m in enumerate(matches):
-            if views[i] is None:
-                own, noise = m.owner, recipe.noise_of(m.rule)
-                views[i] = WeightView(own.key, m.rule, noise, own.module, own.attribute, clock)
-                made.append(views[i])
-    except Exception:
-        for view in made:
-            for name in view.buffer_names:
-                del view.home._buffers[name]
-        raise
-    for m, view in zip(matches, views, strict=True):
-        for owner in m.owners:
-            install(owner.module, owner.attribute, view)
-            if owner.module is view.home:
-                view.keys = owner.keys
-                if not known:  # its parts may have named their layers alike
-                    view.name = owner.key
-    for view in views_of(model):
-        view.clock = clock
-    track(model, clock)
-    for module in model.modules():
-        module.__dict__["get_parameter"] = StoredParameters(module)
+    coverage = install_all(model, recipe, seed, strict)
     model._qn_recipe = recipe
     return coverage
 
@@ -157,7 +123,7 @@ def remove(model: nn.Module) -> nn.Module:
     where a module outside of the model reads one of its weights.
     """
     _applied(model, "remove")
-    uninstall(model)
+    uninstall_all(model)
     for module in model.modules():
         module.__dict__.pop("_qn_recipe", None)
     return model
@@ -256,12 +222,6 @@ def figures(model: nn.Module) -> dict[str, float]:
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)
     return result
-
-
-def _view_of(match: Match) -> WeightView | None:
-    """The view that a matched Parameter has already, by whichever owner."""
-    views = (owner.module.__dict__.get("_qn_views", {}).get(owner.attribute) for owner in match.owners)
-    return next((view for view in views if view is not None), None)
 
 
 def _applied(model: nn.Module, verb: str) -> Recipe:

@@ -21,9 +21,9 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     which does not, and refuses codes that are not those of their digest, as after averaging. A state of
     before there were digests gets them.
     """
-    own = {stem: view for view in views for stem in _stems(view)}
+    own = {_stem(key): view for view in views for key in view.keys}
     for stem in [key[:-5] for key in state if key[:-5] not in own and _is_phase(state, key)]:
-        name, found = _dense_key(stem), found_in(state, stem)
+        name, found = f"{stem}weight", found_in(state, stem)
         if reason := broken(found):
             raise MismatchError(f"{name}: {reason}")
         if int(found["phase"]) == FROZEN:
@@ -67,14 +67,9 @@ def _misfit(view: WeightView, found: Found) -> str | None:
     return problem(view, found)
 
 
-def _stems(view: WeightView) -> list[str]:
-    """The keys of a view's buffers up to `phase` or `codes`."""
-    return [key[: -len(view.attribute)] + view.prefix for key in view.keys]
-
-
 def _is_phase(state: dict[str, Any], key: str) -> bool:
     """Whether a key is a view's, and not of a module that has a phase of its own."""
-    named = key.endswith("phase") and _dense_key(key[:-5]) in state
+    named = key.endswith("phase") and f"{key[:-5]}weight" in state
     return (
         named
         and isinstance(state[key], Tensor)
@@ -83,8 +78,6 @@ def _is_phase(state: dict[str, Any], key: str) -> bool:
     )
 
 
-def _dense_key(stem: str) -> str:
-    """The key of the Parameter that a stem's buffers belong to: `a.b.` -> `a.b.weight`, `a.b.table_` ->
-    `a.b.table`.
-    """
-    return stem + "weight" if stem == "" or stem.endswith(".") else stem[:-1]
+def _stem(key: str) -> str:
+    """`a.b.weight` -> `a.b.`, with which the keys of its buffers begin."""
+    return key.removesuffix("weight")

@@ -164,8 +164,7 @@ def _names(
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
             own = (key for owner in owners if owner.module is view.home for key in owner.keys)
-            stems = [key[: -len(view.attribute)] for key in own]
-            buffers |= {stem + name for stem in stems for name in view.buffer_names}
+            buffers |= {key.removesuffix("weight") + name for key in own for name in view.buffer_names}
         if len(keys) > 1:
             ties.append(keys)
     return views, ties, buffers

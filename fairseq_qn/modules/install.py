@@ -7,19 +7,16 @@ its Parameter away, is refused by name.
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
-from fairseq_qn.modules.clock import untrack
 from fairseq_qn.modules.seen import REPARAMETRISED, show
-from fairseq_qn.modules.view import FROZEN, SHARDED, WeightView, kind, views_of
+from fairseq_qn.modules.view import SHARDED, WeightView, kind
 
 
 def install(module: nn.Module, attribute: str, view: WeightView) -> None:
@@ -32,37 +29,13 @@ def install(module: nn.Module, attribute: str, view: WeightView) -> None:
     module.__class__ = _viewed_class(base, tuple(sorted(views)))
 
 
-@torch.no_grad()
-def uninstall(model: nn.Module) -> int:
-    """Take the views off a model, in place, and return how many there were.
-
-    The Parameters stay, those of frozen layers with the values that were read. Nothing changes if an error
-    is raised: UnsupportedError where a module outside of the model reads one of its weights.
-    """
-    views = list(views_of(model))
-    carriers = [module for module in model.modules() if "_qn_views" in module.__dict__]
-    inside = Counter(id(view) for module in carriers for view in module._qn_views.values())
-    for view in views:
-        if inside[id(view)] != view.readers:
-            raise UnsupportedError(
-                f"{view.name}: is read by a module outside of this one too; remove the views of the whole "
-                "model"
-            )
-    decoded = [(view, view.quantized()) for view in views if view.phase == FROZEN]
-    for module in carriers:
-        for view in module.__dict__.pop("_qn_views").values():
-            if view.home is module:
-                for name in view.buffer_names:
-                    del module._buffers[name]
-        module.__class__ = type(module)._qn_base
-    for view, weight in decoded:
-        view.weight.copy_(weight)
-    for view in views:
-        view.unwatch()
-    untrack(model)
-    for module in model.modules():
-        module.__dict__.pop("get_parameter", None)
-    return len(views)
+def uninstall(module: nn.Module) -> None:
+    """Undo it, for all of a module's views."""
+    for view in module.__dict__.pop("_qn_views").values():
+        if view.home is module:
+            for name in view.buffer_names:
+                del module._buffers[name]
+    module.__class__ = type(module)._qn_base
 
 
 @cache
@@ -149,7 +122,7 @@ def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> No
     """
     for view in self._qn_views.values():
         if view.home is self:
-            digest.complete(view, state, prefix + view.prefix)
+            digest.complete(view, state, prefix)
     type(self)._qn_base._load_from_state_dict(self, state, prefix, *rest)
 
 

@@ -46,16 +46,13 @@ class WeightView:
     in every phase. To its scheme it is a Site.
     """
 
-    def __init__(
-        self, name: str, rule: Rule, noise: Noise, home: nn.Module, attribute: str, clock: Clock
-    ) -> None:
-        weight = home._parameters[attribute]
+    def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, clock: Clock) -> None:
+        weight = home._parameters["weight"]
         self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
-        self.scheme, self.attribute = rule.scheme, attribute
+        self.scheme = rule.scheme
         # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.keys = (name,)
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
-        self.prefix = "" if attribute == "weight" else f"{attribute}_"
         self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
         self.stored: ref[nn.Parameter] | None = None  # the Parameter that was read last
@@ -74,7 +71,7 @@ class WeightView:
             buffers |= self.scheme.buffers(weight.shape, self.padding_idx)
             buffers["digest"] = torch.zeros(digest.SIZE, dtype=torch.int64)
             for buffer, tensor in buffers.items():
-                home.register_buffer(self.prefix + buffer, tensor.to(weight.device))
+                home.register_buffer(buffer, tensor.to(weight.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
@@ -85,7 +82,7 @@ class WeightView:
     @property
     def weight(self) -> nn.Parameter:
         """The dense Parameter as it is stored."""
-        return self.home._parameters[self.attribute]
+        return self.home._parameters["weight"]
 
     @property
     def shape(self) -> torch.Size:
@@ -94,12 +91,12 @@ class WeightView:
 
     def buffer(self, name: str) -> Tensor:
         """One of its buffers: `phase`, `digest`, or one of its scheme's, meaningful when CODED or FROZEN."""
-        return self.home._buffers[self.prefix + name]
+        return self.home._buffers[name]
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """Names of this view's buffers on `home`."""
-        return tuple(self.prefix + name for name in ("phase", *self.scheme.buffer_names, "digest"))
+        return ("phase", *self.scheme.buffer_names, "digest")
 
     @property
     def phase(self) -> int:

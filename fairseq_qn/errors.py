@@ -64,6 +64,10 @@ class MismatchError(QNError):
     """A file or checkpoint whose tensors do not fit the model that they are loaded into."""
 
 
+class DataError(QNError):
+    """Labelled sentences that cannot be read, or that do not suit the model."""
+
+
 class UnsupportedError(QNError):
     """A combination that fairseq_qn refuses, with the reason."""
 

@@ -66,12 +66,7 @@ class Rule:
     optional: bool = False  # may match nothing
 
     def takes(self, names: list[str], module: object) -> bool:
-        """Whether this rule takes a module known under `names` (its own and those of modules tied to it).
-
-        >>> rule = Recipe.load({"version": 1, "rules": [{"layers": ".*fc1", "scheme": "integer"}]}).rules[0]
-        >>> rule.takes(["encoder.fc1"], object()), rule.takes(["encoder.fc1.bias"], object())
-        (True, False)
-        """
+        """Whether this rule takes a module known under `names` (its own and those of modules tied to it)."""
         if self.module and self.module not in {cls.__name__ for cls in type(module).__mro__}:
             return False
         if any(_plain(getattr(module, key, None)) != _plain(value) for key, value in self.where.items()):
@@ -130,14 +125,8 @@ class Recipe:
         stages = [
             _without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages
         ]
-        data = {
-            "version": VERSION,
-            "noise": asdict(self.noise),
-            "rules": rules,
-            "keep": self.keep,
-            "stages": stages,
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(data))  # lists for tuples
+        data = {"version": VERSION, "noise": asdict(self.noise), "rules": rules, "keep": self.keep}
+        plain: dict[str, Any] = json.loads(json.dumps({**data, "stages": stages}))  # lists for tuples
         return plain
 
     def to_json(self) -> str:
@@ -254,10 +243,8 @@ def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
     rules = data.get("rules")
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         return data
-    return {
-        **data,
-        "rules": [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules],
-    }
+    own = [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules]
+    return {**data, "rules": own}
 
 
 def _noise(data: Any, where: str) -> Noise:
@@ -297,10 +284,8 @@ def _stage(data: Any, where: str) -> Stage:
 
 def _rule_lines(rule: Rule) -> dict[str, Any]:
     """The lines of a rule, those of its scheme after its stage."""
-    first, rest = (
-        {"layers": rule.layers, "scheme": rule.scheme.name, "stage": rule.stage},
-        _without_defaults(rule),
-    )
+    first = {"layers": rule.layers, "scheme": rule.scheme.name, "stage": rule.stage}
+    rest = _without_defaults(rule)
     return first | _without_defaults(rule.scheme) | {key: rest[key] for key in rest if key not in first}
 
 
@@ -310,8 +295,4 @@ def _plain(value: Any) -> str:
 
 def _without_defaults(item: Any) -> dict[str, Any]:
     default = {f.name: f.default for f in fields(item)}
-    return {
-        key: value
-        for key, value in asdict(item).items()
-        if value != default[key] and value not in ({}, None)
-    }
+    return {k: v for k, v in asdict(item).items() if v != default[k] and v not in ({}, None)}

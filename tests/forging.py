@@ -1,4 +1,7 @@
-"""A saved file, and ways to write one that claims something else under the right digests."""
+"""A saved file, ways to write one that claims something else under the right digests, and what a refusal is.
+
+The format by its bytes, written down a second time, is in artifact/by_hand.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from fairseq_qn.errors import FormatError, QNError
 
 Tensors = dict[str, Tensor]
 Plan = dict[str, Any]
+READERS = (container.read, container.read_manifest)
 
 
 def save_a_file(folder: Path) -> Path:
@@ -56,6 +60,32 @@ def parts(path: Path) -> tuple[Tensors, Plan]:
     return tensors, {key: value for key, value in plan.items() if key != "tensors"}
 
 
+class Bomb:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.trace), "w")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error that a user reads."""
+    message = str(error)
+    assert message and "\n" not in message and len(message) <= 300, message
+    return message
+
+
+def assert_refused(path: Path, match: str = "expected", readers: tuple[Callable, ...] = READERS) -> None:
+    """What, where, expected and found."""
+    for reader in readers:
+        with pytest.raises(FormatError, match=match) as error:
+            reader(path)
+        message = one_line(error.value)
+        assert message.startswith(f"{path}: ") and "expected" in message and "found" in message
+
+
 def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module | None = None) -> str:
     """The message with which both modes of load refuse a file, without touching the model."""
     model = fresh() if model is None else model
@@ -63,8 +93,7 @@ def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module 
     for mode in ("dense", "packed"):
         with pytest.raises(expected) as error:
             fairseq_qn.load(path, mode, model)
-        message = str(error.value)
-        assert "\n" not in message and len(message) <= 300
+        message = one_line(error.value)
         assert [type(m) for m in model.modules()] == modules
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     if expected is FormatError:
@@ -75,5 +104,12 @@ def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module 
 def forge(saved: Path, target: Path, edit: Callable[[Tensors, Plan], object]) -> Path:
     tensors, plan = parts(saved)
     edit(tensors, plan)
-    container.write(target, tensors, plan)
+    return write(target, tensors, plan)
+
+
+def write(target: Path, tensors: Tensors, plan: Plan) -> Path:
+    """Without waiting for the disk: there are thousands of files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        container.write(target, tensors, plan)
     return target

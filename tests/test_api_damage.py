@@ -6,7 +6,6 @@ Forged files have the right digests, so that only the claim itself can give them
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge, fresh, parts, refusal, save_a_file
+from forging import Plan, Tensors, forge, fresh, one_line, parts, refusal, save_a_file
 from small import Net, recipe
 from torch import nn
 
@@ -25,40 +24,6 @@ from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_a_file(tmp_path_factory.mktemp("saved"))
-
-
-def test_the_forger_can_write_a_good_file(saved: Path, tmp_path: Path) -> None:
-    loaded = fairseq_qn.load(forge(saved, tmp_path / "f", lambda t, p: None), model=fresh())
-    assert torch.equal(loaded.block.fc1.weight, fairseq_qn.load(saved, model=fresh()).block.fc1.weight)
-
-
-def test_truncated_and_flipped(saved: Path, tmp_path: Path) -> None:
-    whole, path = saved.read_bytes(), tmp_path / "f"
-    for length in [*range(0, len(whole), 97), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        refusal(path)
-    for position in range(0, len(whole), 61):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        refusal(path)
-
-
-class Bomb:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.trace), "w")
-
-
-def test_pickles_run_no_code(tmp_path: Path) -> None:
-    path, trace = tmp_path / "m.qn.safetensors", tmp_path / "it-ran"
-    path.write_bytes(pickle.dumps(Bomb(trace)))
-    refusal(path)
-    torch.save({"model": Bomb(trace)}, path)
-    assert "pickle" in refusal(path)
-    with pytest.raises(FormatError, match="pickle"):
-        fairseq_qn.inspect(path)
-    assert not trace.exists()
 
 
 @pytest.mark.parametrize("version", [0, 3, "2", None, True, 1.5, [1]])
@@ -133,16 +98,6 @@ def test_wrong_shapes_and_dtypes(saved: Path, tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("code", [152, 200, 255])
-def test_codes_beyond_the_codebook(code: int, saved: Path, tmp_path: Path) -> None:
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        tensors["embed.weight/codes"][70] = code
-
-    assert f"embed.weight: expected codes below 152, found {code}" in refusal(
-        forge(saved, tmp_path / "f", edit)
-    )
-
-
 def test_bits_after_the_last_code(saved: Path, tmp_path: Path) -> None:
     def edit(tensors: Tensors, plan: Plan) -> None:
         tensors["conv.weight/codes"][-1] |= 128  # 108 codes of 7 bits are 756 bits, and four are left over
@@ -184,4 +139,4 @@ def test_a_model_with_views_takes_no_file(saved: Path) -> None:
     fairseq_qn.apply(model, recipe())
     with pytest.raises((MismatchError, UnsupportedError)) as error:
         fairseq_qn.load(saved, model=model)
-    assert "\n" not in str(error.value)
+    one_line(error.value)

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge, fresh, parts, refusal, save_a_file
+from forging import Plan, Tensors, forge, fresh, one_line, parts, refusal, save_a_file, write
 
 import fairseq_qn
-from fairseq_qn.artifact import container
 from fairseq_qn.errors import FormatError, QNError
 from fairseq_qn.quant import bitpack
 
@@ -57,20 +56,6 @@ def test_a_manifest_that_claims_10_to_the_12_elements(
                     fairseq_qn.inspect(path)
 
 
-def test_a_small_file_cannot_claim_a_large_weight(saved: Path, tmp_path: Path) -> None:
-    """Consistent with its tensors: one byte of codes for 8 blocks, each as long as the codebook's rows."""
-
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        d = 1 << 20
-        plan["layers"]["embed.weight"].update(
-            shape=[8 * 1000, d], block_size=d, n_centroids=1, padding_idx=None
-        )
-        tensors["embed.weight/codes"] = torch.zeros(1000, dtype=torch.uint8)
-        tensors["embed.weight/codebook"] = torch.zeros(1, d, dtype=torch.float16)
-
-    assert "a field is missing or out of range" in refusal(forge(saved, tmp_path / "f", edit))
-
-
 FIELDS = [
     *(("embed.weight", "padding_idx", value) for value in (20, -1, 1.0, True, "1")),
     *(("embed.weight", "exponent", value) for value in (1001, 10**12, -1001, 0.5, None)),
@@ -98,8 +83,9 @@ def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) ->
     def assets(edit: Callable[[Tensors, Plan], object]) -> str:
         with pytest.raises(FormatError) as error:
             _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets["words.txt"]
-        assert "\n" not in str(error.value) and "asset 'words.txt'" in str(error.value)
-        return str(error.value)
+        message = one_line(error.value)
+        assert "asset 'words.txt'" in message
+        return message
 
     for codec in (zlib, bz2):
         bomb = torch.frombuffer(bytearray(codec.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
@@ -153,11 +139,8 @@ HOSTILE = [
 ]
 
 
-def test_no_edit_of_the_manifest_gets_past_a_named_error(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_edit_of_the_manifest_gets_past_a_named_error(saved: Path, tmp_path: Path) -> None:
     """Every place of the manifest set to every hostile value: it loads, or fails by name and in one line."""
-    monkeypatch.setattr("os.fsync", lambda _: None)  # a thousand files
     tensors, plan = parts(saved)
     path, loaded = tmp_path / "f", set()
     places = [place for place in nodes(plan) if place[0] not in ("recipe", "producer")]
@@ -174,12 +157,12 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(
                 home[place[-1]] = value
             if forged == plan:
                 continue
-            container.write(path, tensors, forged)
+            write(path, tensors, forged)
             try:
                 fairseq_qn.load(path, "packed", fresh())
                 loaded.add(place[0])
             except QNError as error:
-                assert "\n" not in str(error) and len(str(error)) <= 300, (place, value)
+                one_line(error)
             except BaseException as error:
                 raise AssertionError(f"{place} = {value!r} raised {error!r}") from error
     assert loaded <= {

@@ -8,15 +8,10 @@ import hashlib
 import json
 import zlib
 from base64 import b85decode, b85encode
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-
-from fairseq_qn.artifact.container import read, read_manifest
-from fairseq_qn.errors import FormatError
 
 
 def small() -> dict[str, torch.Tensor]:
@@ -85,15 +80,3 @@ def forge_text(path: Path, text: str, data: bytes) -> None:
     blank = b'"header_sha256":"' + b"0" * 64
     assert blank in raw
     path.write_bytes(raw.replace(blank, blank[:17] + hashlib.sha256(raw).hexdigest().encode()) + data)
-
-
-def assert_refused(
-    path: Path, match: str = "expected", readers: tuple[Callable, ...] = (read, read_manifest)
-) -> None:
-    """One line that says what, where, expected and found."""
-    for reader in readers:
-        with pytest.raises(FormatError, match=match) as error:
-            reader(path)
-        message = str(error.value)
-        assert message.startswith(f"{path}: ") and "expected" in message and "found" in message
-        assert "\n" not in message and len(message) <= 300

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from by_hand import assert_refused, forge, parts, same, small
+from by_hand import forge, parts, same, small
+from forging import READERS, Bomb, assert_refused
 
+import fairseq_qn
 from fairseq_qn.artifact import header
 from fairseq_qn.artifact.container import read, read_manifest, write
 from fairseq_qn.errors import FormatError
@@ -40,7 +42,7 @@ def test_every_flipped_byte_is_found(path: Path) -> None:
     for position in range(len(whole)):
         flipped = whole[position] ^ (1 << position % 8)
         path.write_bytes(whole[:position] + bytes([flipped]) + whole[position + 1 :])
-        assert_refused(path, readers=(read, read_manifest) if position < body else (read,))
+        assert_refused(path, readers=READERS if position < body else (read,))
     path.write_bytes(whole)
     assert read(path)[0].keys() == small().keys()
 
@@ -106,24 +108,15 @@ def test_things_that_are_no_such_file(tmp_path: Path) -> None:
     assert_refused(tmp_path / "f", "header_sha256")
 
 
-class _Bomb:
-    """Leaves a file when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.trace), "w")
-
-
 def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     path, trace = tmp_path / "m.qn.safetensors", tmp_path / "it-ran"
+    readers = (*READERS, fairseq_qn.load, fairseq_qn.inspect)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        path.write_bytes(pickle.dumps(_Bomb(trace), protocol))
-        assert_refused(path, "header")
+        path.write_bytes(pickle.dumps(Bomb(trace), protocol))
+        assert_refused(path, "header", readers)
     for zipped in (False, True):
-        torch.save({"a": torch.ones(2), "b": _Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
-        assert_refused(path, "a pickle or zip, as torch.save writes")
+        torch.save({"a": torch.ones(2), "b": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
+        assert_refused(path, "a pickle or zip, as torch.save writes", readers)
     assert not trace.exists()
     with path.open("rb") as file:
         torch.load(file, weights_only=False)

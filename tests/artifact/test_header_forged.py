@@ -4,6 +4,7 @@ memory.
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 import zlib
 from base64 import b85encode
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from by_hand import assert_refused, forge, forge_text, parts, small
+import torch
+from by_hand import forge, forge_text, parts, small
+from forging import assert_refused
 
+from fairseq_qn.artifact import header, strict_json
 from fairseq_qn.artifact.container import read, write
+from fairseq_qn.errors import EncodeError, FormatError
 
 
 @pytest.fixture
@@ -89,3 +94,26 @@ def test_forged_metadata(path: Path) -> None:
     body = good.encode("utf-16-le")
     path.write_bytes(len(body).to_bytes(8, "little") + body)
     assert_refused(path, "header")
+
+
+def test_json_of_too_many_or_too_deep_lists_is_neither_written_nor_read() -> None:
+    deep: Any = 0
+    for _ in range(strict_json.MAX_DEPTH):
+        deep = [deep]
+    assert strict_json.loads(strict_json.dumps(deep)) == deep
+    many = [[]] * strict_json.MAX_NESTED
+    for data in ([deep], {"a": deep}, many, [{}] * strict_json.MAX_NESTED):
+        with pytest.raises(ValueError, match="more than"):
+            strict_json.loads(json.dumps(data))
+        with pytest.raises(EncodeError, match="more than"):
+            header.encode({}, {"x": data}, {})
+
+
+def test_more_tensors_than_a_file_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {str(i): torch.zeros(0) for i in range(20)}
+    write(tmp_path / "f", tensors, {})
+    monkeypatch.setattr(header, "MAX_TENSORS", 19)
+    with pytest.raises(FormatError, match="tensors: expected at most 19, found 20"):
+        read(tmp_path / "f")
+    with pytest.raises(EncodeError, match="expected at most 19 tensors, found 20"):
+        write(tmp_path / "g", tensors, {})

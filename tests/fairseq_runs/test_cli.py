@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq_run import MLM, PLUGIN, Run, command, recipe, sentences, train, write_recipe
+from forging import Bomb
 
 import fairseq_qn
 from fairseq_qn.cli import main
@@ -298,19 +299,11 @@ def test_restoring_stays_safe(masked: Run, tmp_path: Path, capsys: pytest.Captur
     assert {"model", "cfg", "optimizer_history"} <= set(state)
     trap = tmp_path / "trap"
     evil = tmp_path / "evil.pt"
-    torch.save({**state, "more": _Evil(str(trap))}, evil)
+    torch.save({**state, "more": Bomb(trap)}, evil)
     with pytest.raises(Exception, match="(?i)weights.only"):
         torch.load(evil)
     expect_one_line(["compress", evil, "-o", tmp_path / "x.qn.safetensors"], capsys, "evil.pt")
     assert not trap.exists()
-
-
-class _Evil:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return open, (self.path, "w")
 
 
 def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:

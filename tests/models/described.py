@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 import fairseq_qn
 from fairseq_qn import hub
+from fairseq_qn.models.options import MODELS, TASKS
 
 RECIPE = {"version": 1, "rules": [{"layers": r".*\.fc[12]", "scheme": "integer", "bits": 8}]}
 SIZES = {"layers": 2, "embed_dim": 8, "ffn_embed_dim": 16, "attention_heads": 2}
@@ -158,3 +159,55 @@ def watched(monkeypatch: pytest.MonkeyPatch, mark: str) -> Iterator[None]:
     started = [e for e in _EVENTS if e.startswith(("socket.", "subprocess.", "os.", "urllib."))]
     assert not started and not [e for e in _EVENTS if mark in e], (started, _EVENTS)
     assert not read
+
+
+# -- what a file or checkpoint may try
+
+MARK = "qn_trap"  # in whatever would run, be opened or be read
+
+
+def hostile(trap: Path) -> list[Any]:
+    code = f"open({str(trap)!r}, 'w')"
+    return [
+        code, f"__import__('os').environ[{MARK!r}]", f"${{oc.env:{MARK}}}", f"${{oc.env:{MARK},x}}",
+        "${model}", "${",
+        str(trap), f"../{MARK}", f"asset:../{MARK}", f"asset:{trap}", f"http://127.0.0.1:9/{MARK}",
+        f"file://{trap}", "asset:",
+        f"{{'version': 1, 'rules': [], 'x': {code}}}", "[(1, 64), (2, 128)]", "0,2,4", "1,2", "20000,60000",
+        "x" * 100_000, "{",
+        "}", "{0}", "\n", "\x1b[31m", "é", "", "nan", "1e3", None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 31,
+        32, 300, 511, 513,
+        65_536, 10**6, 10**9, 10**18, -(10**18), 0.5, -0.5, 1e-300, 1e300, [], {}, [[]], [1, 2], [2, 1],
+        [1] * 1000, ["a"],
+        [code], {"a": code}, {"_name": "qn_roberta"}, {"_target_": f"{MARK}.run"}, [10**18, 10**18], *KINDS,
+        *TASKS,
+        *(name.removeprefix("qn_") for name in (*MODELS, *TASKS)), "wav2vec2", "fconv", "lstm",
+        "audio_finetuning",
+        "translation_moe", "gpt2", "sentencepiece", "fastbpe", "hf_byte_bpe", "bert", "moses", "space",
+        "mood", "keys",
+    ]  # fmt: skip
+
+
+NAMES = [
+    *"""adaptive_softmax_cutoff adaptive_input_cutoff adaptive_input adaptive_softmax_factor
+    character_filters character_embeddings encoder_embed_path decoder_embed_path quant_recipe
+    quant_noise_pq quant_noise_scalar
+    conv_feature_layers xformers_att_config encoder_xformers_att_config decoder_xformers_att_config
+    base_layers encoder decoder quant_noise embed_path encoder_layers_to_keep
+    decoder_layers_to_keep data eval_bleu eval_bleu_detok
+    eval_bleu_detok_args eval_bleu_args w2v_path tie_adaptive_weights checkpoint_activations
+    offload_activations spectral_norm_classification_head builder _name arch task _target_ export user_dir
+    bpe tokenizer source_lang heads
+    dictionaries label_dictionary gpt2_encoder_json sentencepiece_model bpe_codes""".split(),
+    *(name for table in (*MODELS.values(), *TASKS.values()) for name in table),
+]
+
+CODE = [
+    f"open({MARK!r}, 'w')",
+    f"${{oc.env:{MARK}}}",
+    [f"open({MARK!r}, 'w')"],
+    {"_name": MARK},
+    10**18,
+    -5,
+    float(2**80),
+]

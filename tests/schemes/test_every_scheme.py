@@ -194,14 +194,16 @@ def test_save_refuses_before_it_packs(name: str, tmp_path: Path, monkeypatch: py
         raise AssertionError("packed")
 
     monkeypatch.setattr(SCHEMES[name], "encode", never)
+    (tmp_path / "m").write_bytes(b"before")
     with pytest.raises(UnsupportedError, match="stages .* are not frozen yet"):
         fairseq_qn.save(made(name), tmp_path / "m")
     model = frozen(name)
-    with torch.no_grad():
-        model.get_parameter("block.fc2.weight")[0, 0] = float("inf")
-    with pytest.raises(NonFiniteWeight, match=r"^block\.fc2\.weight: frozen with NaN or Inf"):
-        fairseq_qn.save(model, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with torch.no_grad():
+            model.get_parameter("block.fc2.weight")[0, 0] = value
+        with pytest.raises(NonFiniteWeight, match=r"^block\.fc2\.weight: frozen with NaN or Inf"):
+            fairseq_qn.save(model, tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == b"before"
 
 
 @each_scheme

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fairseq_qn
+from fairseq_qn.modules.clock import Clock
+from fairseq_qn.modules.view import views_of
 
 D, WORDS, PAD = 8, 20, 1
 
@@ -130,6 +132,12 @@ SCHEMES = {
     "tensor": {"scheme": "integer", "bits": 4, "granularity": "tensor"},
     "group": {"scheme": "integer", "bits": 4, "granularity": "group", "group_size": 3},
 }  # fmt: skip
+
+
+def clock_of(model: nn.Module) -> Clock:
+    """The one clock of a model's views."""
+    (clock,) = {view.clock for view in views_of(model)}
+    return clock
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from forging import Plan, Tensors, forge, fresh, one_line, parts, refusal, save_
 
 import fairseq_qn
 from fairseq_qn.errors import FormatError, QNError
-from fairseq_qn.quant import bitpack
+from fairseq_qn.schemes import integer, product
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def test_a_manifest_that_claims_10_to_the_12_elements(
                 continue
             path = forge(saved, tmp_path / "f", lambda t, p, c=claim, n=layer: p["layers"][n].update(c))
             with monkeypatch.context() as patch:
-                patch.setattr(bitpack, "_is_width", lambda *_: pytest.fail("unpacked"))  # unpack's own
+                for scheme in (product, integer):
+                    patch.setattr(scheme, "unpack", lambda *_: pytest.fail("unpacked"))
                 assert f"layer {layer!r}: " in refusal(path)
                 with pytest.raises(FormatError):
                     fairseq_qn.inspect(path)

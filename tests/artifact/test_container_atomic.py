@@ -238,7 +238,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(
     def late(file: Any, how: int) -> None:
         if how == fcntl.LOCK_EX and not swept:
             swept.append(file.name)
-            replacing._sweep(path)
+            write(path, small(), {"sweeps": True})
             assert not os.path.exists(file.name)
         flock(file, how)
 

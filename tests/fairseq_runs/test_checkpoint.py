@@ -64,8 +64,8 @@ def test_the_model_holds_the_checkpoints_weights_in_fp32_and_its_ties(
         assert {p.dtype for p in model.parameters()} == {torch.float32} and all(
             p.requires_grad for p in model.parameters()
         )
-        table = model.encoder.sentence_encoder.embed_tokens._parameters["weight"]
-        assert model.encoder.lm_head._parameters["weight"] is table
+        table = model.encoder.sentence_encoder.embed_tokens.get_parameter("weight")
+        assert model.encoder.lm_head.get_parameter("weight") is table
         assert torch.isfinite(model(torch.tensor([[0, 4, 5, 2]]))[0]).all() and not model.training
 
 

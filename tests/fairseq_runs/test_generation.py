@@ -75,7 +75,7 @@ def test_trained_and_frozen(made: Made) -> None:
     assert made.run.logged()[-1]["qn_frozen_share"] == 1
     decoder = made.run.model.decoder
     assert decoder.output_projection.weight.equal(decoder.embed_tokens.weight), "tied through the view"
-    assert not decoder.output_projection.weight.equal(decoder.embed_tokens._parameters["weight"])
+    assert not decoder.output_projection.weight.equal(decoder.embed_tokens.get_parameter("weight"))
 
 
 def test_a_stock_export_holds_no_buffers_of_views(made: Made, tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ def test_the_head_stays_tied(staged: Run) -> None:
         assert model["encoder.sentence_encoder.embed_tokens.weight"].equal(model["encoder.lm_head.weight"])
     encoder = staged.model.encoder
     assert encoder.lm_head.weight.equal(encoder.sentence_encoder.embed_tokens.weight)
-    stored = encoder.sentence_encoder.embed_tokens._parameters["weight"]
-    assert encoder.lm_head._parameters["weight"] is stored
+    stored = encoder.sentence_encoder.embed_tokens.get_parameter("weight")
+    assert encoder.lm_head.get_parameter("weight") is stored
     assert not encoder.lm_head.weight.equal(stored)
     assert all(view.phase == FROZEN for view in views_of(staged.model))
 

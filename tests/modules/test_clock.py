@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Net, loss, recipe
+from small import Net, clock_of, loss, recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,23 +124,23 @@ def test_a_moved_part_and_a_copied_part_have_noise_of_their_own() -> None:
     twin.register_forward_pre_hook(lambda m, _: masks.append(drawn(m.weight)))
     for _ in range(4):
         other(IDS2)
-    assert len(set(masks)) == 4 and twin._qn_clock is not model._qn_clock
-    before = model._qn_clock.update
+    assert len(set(masks)) == 4 and clock_of(twin) is not clock_of(model)
+    before = clock_of(model).update
     twin(torch.ones(1, 16))
-    assert model._qn_clock.update == before
+    assert clock_of(model).update == before
 
 
 def test_a_part_called_within_a_pass_begins_none() -> None:
     model = encoder()
     for n in range(1, 4):
         model(IDS2)
-        assert model._qn_clock.update == n
+        assert clock_of(model).update == n
     model.eval()(IDS2)
-    assert model._qn_clock.update == 3
+    assert clock_of(model).update == 3
     model.train()(IDS2)
-    assert model._qn_clock.update == 4
+    assert clock_of(model).update == 4
     model.encode(IDS2)
-    assert model._qn_clock.update == 5  # the embedding comes again
+    assert clock_of(model).update == 5  # the embedding comes again
 
 
 def test_a_module_that_calls_itself_is_one_pass() -> None:
@@ -156,7 +156,7 @@ def test_a_module_that_calls_itself_is_one_pass() -> None:
     fairseq_qn.apply(model, FC)
     for n in range(1, 4):
         model(torch.ones(1, 8), 3)
-        assert model._qn_clock.update == n and model._qn_clock.outer is None
+        assert clock_of(model).update == n and clock_of(model).outer is None
 
 
 def test_an_interrupted_pass_does_not_stop_the_clock() -> None:
@@ -167,7 +167,7 @@ def test_an_interrupted_pass_does_not_stop_the_clock() -> None:
         model(IDS2)
     handle.remove()
     masks = [drawn(model.fc.weight) for _ in range(3) if model(IDS2) is not None]
-    assert len(set(masks)) == 3 and model._qn_clock.outer is None and model._qn_clock.values is None
+    assert len(set(masks)) == 3 and clock_of(model).outer is None and clock_of(model).values is None
 
 
 # -- reads that no call covers
@@ -239,7 +239,7 @@ def test_updates_are_the_steps_of_the_optimizer_that_is_followed() -> None:
     for _ in range(3):
         for _ in range(2):  # micro-batches
             model(IDS2).sum().backward()
-            times.append(model._qn_clock.time())
+            times.append(clock_of(model).time())
             masks.append(drawn(model.fc.weight))
         optimizer.step()
     assert times == [(n, micro) for n in range(3) for micro in range(2)] and len(set(masks)) == 6
@@ -276,12 +276,12 @@ def test_follow_again_takes_over_and_resumes() -> None:
     handle = fairseq_qn.follow(model, second, update=7)
     model(IDS2).sum().backward()
     first.step()
-    assert model._qn_clock.time() == (7, 0)
+    assert clock_of(model).time() == (7, 0)
     second.step()
-    assert model._qn_clock.time() == (8, 0)
+    assert clock_of(model).time() == (8, 0)
     handle.remove()
     second.step()
-    assert model._qn_clock.update == 8
+    assert clock_of(model).update == 8
     with pytest.raises(
         UnsupportedError, match="^follow: expected a model that fairseq_qn.apply has given views"
     ):

@@ -33,7 +33,7 @@ def test_what_is_not_frozen_is_the_parameter_whatever_noise_it_reads() -> None:
     fairseq_qn.freeze(model, "emb")
     fairseq_qn.set_update(model.train(), 3)
     state = fairseq_qn.decoded_state_dict(model)
-    assert state["block.fc1.weight"].data_ptr() == model.block.fc1._parameters["weight"].data_ptr()
+    assert state["block.fc1.weight"].data_ptr() == model.block.fc1.get_parameter("weight").data_ptr()
     assert torch.equal(state["embed.weight"], model.embed.weight)
 
 

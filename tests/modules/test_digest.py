@@ -189,7 +189,7 @@ def test_a_model_averaged_within_a_stage_is_right(kind: str, use_buffers: bool) 
     expected = []
     for step in range(3):
         with torch.no_grad():
-            model.block.fc1._parameters["weight"].mul_(1 + step / 10)
+            model.block.fc1.get_parameter("weight").mul_(1 + step / 10)
         average.update_parameters(model)
         expected.append(model.block.fc1.weight.detach().clone())
     if kind != "integer":

@@ -56,7 +56,7 @@ def codebook(view: WeightView) -> dict[int, Tensor]:
 def test_every_reader_sees_cluster_means_and_the_pad_row_as_it_is() -> None:
     model = applied()
     with torch.no_grad():
-        model.embed._parameters["weight"][PAD] = 7  # however it came about
+        model.embed.get_parameter("weight")[PAD] = 7  # however it came about
     reports = fairseq_qn.freeze(model)
     assert {report.name for report in reports} == {f"{name}.weight" for name in LAYERS}
     for view in views_of(model):
@@ -106,7 +106,7 @@ def test_the_gradient_of_a_codeword_is_the_mean_of_its_blocks_gradients_and_sgd_
         ]
         assert any(spread), view.name
     # the tied head reads the pad row, and trains it as it would dense
-    learned = model.embed._parameters["weight"].grad[PAD]
+    learned = model.embed.get_parameter("weight").grad[PAD]
     assert learned.any()
     torch.testing.assert_close(learned, twin.embed.weight.grad[PAD])
 
@@ -147,12 +147,12 @@ def test_frozen_integers() -> None:
     fairseq_qn.freeze(model)
     for name in LAYERS:
         module = model.get_submodule(name)
-        assert torch.equal(module.weight, fake_quantize(module._parameters["weight"].detach(), 3))
+        assert torch.equal(module.weight, fake_quantize(module.get_parameter("weight").detach(), 3))
     loss(model).backward()
     twin = dense_twin(model)
     loss(twin).backward()
     torch.testing.assert_close(
-        model.block.fc1._parameters["weight"].grad, twin.block.fc1.weight.grad
+        model.block.fc1.get_parameter("weight").grad, twin.block.fc1.weight.grad
     )  # straight through
 
 
@@ -211,7 +211,7 @@ def test_exact_noise_hands_its_codebook_on() -> None:
 def test_nan_names_the_layer_and_nothing_is_changed(value: float, scheme: str) -> None:
     model = applied(scheme=scheme)
     with torch.no_grad():
-        model.mix._parameters["weight"].view(-1)[3] = value  # not the first layer to be looked at
+        model.mix.get_parameter("weight").view(-1)[3] = value  # not the first layer to be looked at
     before = snapshot(model)
     for stage in (None, "conv"):
         with pytest.raises(
@@ -227,7 +227,7 @@ def test_nan_names_the_layer_and_nothing_is_changed(value: float, scheme: str) -
 def test_refresh_refuses_nan_too() -> None:
     model = applied(kind="exact", p=0.5)
     with torch.no_grad():
-        model.block.fc1._parameters["weight"][0, 0] = float("nan")
+        model.block.fc1.get_parameter("weight")[0, 0] = float("nan")
     with pytest.raises(NonFiniteWeight, match="^block.fc1.weight: "):
         fairseq_qn.refresh(model)
 
@@ -267,4 +267,4 @@ def test_half_precision_freezes_as_its_fp32_values(dtype: torch.dtype) -> None:
         assert torch.equal(a.buffer("codes"), b.buffer("codes"))
         assert a.home.weight.dtype == dtype and torch.equal(a.home.weight, b.home.weight.to(dtype))
     half.embed.weight.sum().backward()
-    assert half.embed._parameters["weight"].grad.dtype == dtype
+    assert half.embed.get_parameter("weight").grad.dtype == dtype

@@ -49,7 +49,7 @@ def gradient_under_ddp(rank: int) -> torch.Tensor:
     fairseq_qn.freeze(layer, iterations=2)
     parallel = nn.parallel.DistributedDataParallel(layer) if torch.distributed.is_initialized() else layer
     parallel(torch.full((1, 40), rank + 1.0)).pow(2).sum().backward()
-    return layer._parameters["weight"].grad
+    return layer.get_parameter("weight").grad
 
 
 def work(rank: int, directory: str) -> None:

@@ -158,7 +158,7 @@ def test_as_an_adam_whose_parameters_are_the_codebooks(name: str) -> None:
 
 def test_moments_of_the_pad_row_stay() -> None:
     model, optimizer = trained(ADAMS["adam"])
-    state = optimizer.state[model.embed._parameters["weight"]]
+    state = optimizer.state[model.embed.get_parameter("weight")]
     before = {key: state[key][PAD].clone() for key in ("exp_avg", "exp_avg_sq")}
     fairseq_qn.freeze(model, optimizer=optimizer)
     assert all(state[key][PAD].equal(row) and row.any() for key, row in before.items())

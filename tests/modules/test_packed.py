@@ -77,7 +77,7 @@ def test_same_answers_as_the_dense_module(name: str, scheme: str) -> None:
     x = inputs(dense)
     assert torch.equal(packed.weight, dense.weight)
     torch.testing.assert_close(packed(x), dense(x), rtol=0, atol=0 if name not in PRODUCTS else 1e-6)
-    assert "weight" not in packed._parameters and not any(
+    assert "weight" not in dict(packed.named_parameters()) and not any(
         key.endswith("weight") for key in packed.state_dict()
     )
     base = type(dense)
@@ -138,7 +138,7 @@ def test_a_tied_owner_reads_the_home_and_stays_tied_in_copies(scheme: str) -> No
     x = torch.randn(2, 12)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin.head(x), F.linear(x, twin.embed.weight, twin.head.bias))
-        assert twin.head._qn_packed is twin.embed and isinstance(twin.head, nn.Linear)
+        assert isinstance(twin.head, nn.Linear)
         next(twin.embed.buffers()).zero_()
         assert torch.equal(twin.head.weight, twin.embed.weight)
 

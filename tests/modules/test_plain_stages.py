@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Net, loss, recipe
+from small import Net, clock_of, loss, recipe
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -136,7 +136,7 @@ def test_as_a_loop_that_does_all_of_it_by_hand(noise: str) -> None:
                 fairseq_qn.freeze(hand, name, optimizer=adam)
         for micro in range(2):
             # update 0 would refresh at once what has just been learned
-            fairseq_qn.set_update(hand, n, micro) if n else hand._qn_clock.pin(0, micro)
+            fairseq_qn.set_update(hand, n, micro) if n else clock_of(hand).pin(0, micro)
             loss(hand).backward()
         adam.step()
         adam.zero_grad()
@@ -203,7 +203,7 @@ def test_steps_that_a_gradient_scaler_leaves_out_do_not_count(fused: bool) -> No
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        assert model._qn_clock.update == expected and (frozen(model) == NAMES) == (expected == 2)
+        assert clock_of(model).update == expected and (frozen(model) == NAMES) == (expected == 2)
 
 
 def test_of_two_optimizers_the_last_leads_and_both_have_their_moments_projected() -> None:
@@ -334,7 +334,7 @@ def test_what_cannot_have_stages_is_refused() -> None:
     for kind, message, module, optimizers, options in cases:
         with pytest.raises(kind, match=message):
             fairseq_qn.Stages(module, optimizers, **options)
-    assert model._qn_clock.followed is None
+    assert clock_of(model).followed is None
 
 
 def test_nan_in_a_weight_comes_out_of_the_step_and_freezes_nothing() -> None:

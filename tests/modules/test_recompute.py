@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import loss, noisy
+from small import clock_of, loss, noisy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -142,5 +142,5 @@ def test_nothing_grows_with_the_passes() -> None:
         model(x).sum().backward()
     gc.collect()
     assert (
-        not model._qn_clock._tasks and len(model._qn_clock._called) < 12 and model._qn_clock.values is None
+        not clock_of(model)._tasks and len(clock_of(model)._called) < 12 and clock_of(model).values is None
     )

@@ -73,7 +73,7 @@ def test_straight_through(noise: str) -> None:
     for (name, parameter), other in zip(model.named_parameters(), dense.parameters()):
         assert parameter.grad.abs().sum() > 0, name
         torch.testing.assert_close(parameter.grad, other.grad, msg=name)
-    assert not model.embed._parameters["weight"].grad[PAD].sub(dense.embed.weight.grad[PAD]).any()
+    assert not model.embed.get_parameter("weight").grad[PAD].sub(dense.embed.weight.grad[PAD]).any()
 
 
 def test_proxy_drops_whole_blocks_at_the_right_rate() -> None:
@@ -86,7 +86,7 @@ def test_proxy_drops_whole_blocks_at_the_right_rate() -> None:
     assert abs(int(dropped.all(1).sum()) - 480) < 5 * (1600 * 0.21) ** 0.5
     kept = ~dropped.all(1)
     assert torch.equal(
-        model[0].weight.reshape(-1, 8)[kept], model[0]._parameters["weight"].reshape(-1, 8)[kept]
+        model[0].weight.reshape(-1, 8)[kept], model[0].get_parameter("weight").reshape(-1, 8)[kept]
     )
 
 
@@ -107,7 +107,7 @@ def test_exact_noise_puts_cluster_means_on_blocks(p: float) -> None:
 def test_integer_noise_is_on_single_weights() -> None:
     model = noisy("block.fc1", noise="int4", p=0.5)
     model(IDS)
-    stored, seen = model.block.fc1._parameters["weight"], model.block.fc1.weight
+    stored, seen = model.block.fc1.get_parameter("weight"), model.block.fc1.weight
     integers = fake_quantize(stored.detach(), 4)
     changed = seen != stored
     assert torch.equal(seen[changed], integers[changed]) and 0.2 < float(changed.float().mean()) < 0.8
@@ -133,10 +133,10 @@ def test_evaluation_is_noise_free_and_repeats(noise: str) -> None:
 
 def test_nobody_sees_noise_before_training_began_or_at_p_0() -> None:
     model = noisy(p=1.0)
-    assert model.embed.weight is model.embed._parameters["weight"]
+    assert model.embed.weight is model.embed.get_parameter("weight")
     model = noisy(p=0.0)
     model(IDS)
-    assert model.embed.weight is model.embed._parameters["weight"]
+    assert model.embed.weight is model.embed.get_parameter("weight")
 
 
 # -- what a view refuses
@@ -156,14 +156,14 @@ def test_an_attribute_error_inside_a_view_does_not_hand_out_the_raw_weight(
 
 def test_a_plain_tensor_is_refused_and_a_parameter_taken() -> None:
     model = noisy()
-    before = model.block.fc1._parameters["weight"]
+    before = model.block.fc1.get_parameter("weight")
     with pytest.raises(
         UnsupportedError, match=r"^Linear.weight: a viewed weight takes a Parameter, found Tensor; .*FSDP"
     ):
         model.block.fc1.weight = torch.zeros(16, 8)
-    assert model.block.fc1._parameters["weight"] is before
+    assert model.block.fc1.get_parameter("weight") is before
     model.block.fc1.weight = nn.Parameter(torch.ones(16, 8))
-    assert model.block.fc1._parameters["weight"].sum() == 128
+    assert model.block.fc1.get_parameter("weight").sum() == 128
     fairseq_qn.set_update(model, 1)
     assert 0 < model.block.fc1.weight.sum() < 128
 
@@ -173,4 +173,4 @@ def test_assigning_what_was_read_restores_a_tie() -> None:
     model(IDS)
     model.head._parameters["weight"] = nn.Parameter(torch.zeros(20, 8))
     model.head.weight = model.embed.weight  # noised: a plain tensor
-    assert model.head._parameters["weight"] is model.embed._parameters["weight"]
+    assert model.head.get_parameter("weight") is model.embed.get_parameter("weight")

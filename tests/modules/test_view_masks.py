@@ -31,7 +31,7 @@ def test_the_head_follows_the_matched_owner_where_their_training_flags_differ() 
     model.head.eval()
     assert torch.equal(model.embed.weight, model.head.weight)
     model.embed.eval()
-    assert torch.equal(model.head.weight, model.embed._parameters["weight"])
+    assert torch.equal(model.head.weight, model.embed.get_parameter("weight"))
 
 
 def test_layers_draw_masks_of_their_own() -> None:
@@ -146,7 +146,7 @@ def test_codes_are_refreshed_every_n_updates() -> None:
             fairseq_qn.set_update(model, update, micro)
             learned.append(model.embed.codes.clone())
             with torch.no_grad():
-                model.embed._parameters["weight"].normal_(
+                model.embed.get_parameter("weight").normal_(
                     generator=torch.Generator().manual_seed(2 * update + micro)
                 )
     changed = [i for i in range(1, len(learned)) if not torch.equal(learned[i], learned[i - 1])]

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from small import IDS, NOISES, Net, loss, noisy, recipe
+from small import IDS, NOISES, Net, clock_of, loss, noisy, recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ def seen(model: Net, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def spy(function: object) -> object:
         def call(x: Tensor, weight: Tensor, *args: object) -> Tensor:
-            if weight.shape == model.embed._parameters["weight"].shape:
+            if weight.shape == model.embed.get_parameter("weight").shape:
                 tables.append(weight)
             return function(x, weight, *args)
 
@@ -84,7 +84,7 @@ def test_a_frozen_gradient_is_projected_once(monkeypatch: pytest.MonkeyPatch) ->
     )
     model = in_phase("frozen")
     loss(model).backward()
-    assert calls.count(model.embed._parameters["weight"].shape) == 1
+    assert calls.count(model.embed.get_parameter("weight").shape) == 1
 
 
 def test_two_passes_before_one_backward() -> None:
@@ -104,7 +104,7 @@ def test_weights_written_behind_autograd_are_read_in_the_next_pass(phase: str) -
     fairseq_qn.set_update(model, 3)
     model(IDS)
     for m in (model, twin):
-        m.embed._parameters["weight"].data.mul_(2)
+        m.embed.get_parameter("weight").data.mul_(2)
         fairseq_qn.set_update(m, 3)
     assert torch.equal(model(IDS), twin(IDS))
 
@@ -113,11 +113,11 @@ def test_nothing_is_kept_after_a_pass_that_fails_or_is_let_go() -> None:
     model = noisy()
     with pytest.raises(IndexError):
         model(torch.tensor([[10**6]]))
-    assert model._qn_clock.values is None
+    assert clock_of(model).values is None
     kept = []
     model.block.register_forward_hook(lambda *_: kept.append(weakref.ref(model.embed.weight)))
     out = model(IDS)
-    assert model._qn_clock.values is None and kept
+    assert clock_of(model).values is None and kept
     del out
     gc.collect()
     assert kept[0]() is None

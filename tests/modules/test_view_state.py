@@ -105,7 +105,7 @@ def test_copies_are_equal_and_apart(phase: str, how: str) -> None:
         torch.save(model, file)
         file.seek(0)
         twin = torch.load(file, weights_only=False)
-    assert twin.embed._parameters["weight"] is twin.head._parameters["weight"]
+    assert twin.embed.get_parameter("weight") is twin.head.get_parameter("weight")
     assert_same(run(twin), expected)
     mine, other = ({id(t) for t in [*m.parameters(), *m.buffers()]} for m in (model, twin))
     homes = [{id(view.home) for view in views_of(m)} for m in (model, twin)]
@@ -148,10 +148,10 @@ def test_conversions(phase: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         view = next(views_of(in_phase("frozen")))
         groups = view.scheme.groups(view)
-        assert codebook_of(model.embed._parameters["weight"], groups, 4).dtype == dtype
+        assert codebook_of(model.embed.get_parameter("weight"), groups, 4).dtype == dtype
     scores, gradients = run(model)
     assert scores.dtype == dtype and all(g.dtype == dtype for g in gradients)
-    assert model.embed._parameters["weight"] is model.head._parameters["weight"]
+    assert model.embed.get_parameter("weight") is model.head.get_parameter("weight")
     assert torch.equal(model.to("cpu").half().float().block.fc1.weight, model.float().block.fc1.weight)
 
 
@@ -291,7 +291,7 @@ def test_an_owner_that_came_later_reads_the_view_that_is_there(name: str) -> Non
     fairseq_qn.freeze(model)
     seen, codes = model.embed.weight.detach(), model.embed.codes.clone()
     head = nn.Linear(8, 20, bias=False)
-    head.weight = model.embed._parameters["weight"]
+    head.weight = model.embed.get_parameter("weight")
     model._modules = {name: head, **model._modules} if name < "embed" else {**model._modules, name: head}
     fairseq_qn.apply(model, rules({"layers": ".*"}))
     assert torch.equal(head.weight, seen) and torch.equal(model.embed.weight, seen)

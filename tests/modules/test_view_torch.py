@@ -60,7 +60,7 @@ def test_functional_call_and_grad(phase: str) -> None:
     model(IDS).pow(2).mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=name)
-    assert model.block.fc1._parameters["weight"].requires_grad
+    assert model.block.fc1.get_parameter("weight").requires_grad
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -106,7 +106,7 @@ def test_it_trains_with_noise(name: str, kind: str) -> None:
     other = model.block.fc1.weight.detach()
     assert torch.equal(first, again) and not torch.equal(first, other)
     model.eval()
-    assert model.block.fc1.weight is model.block.fc1._parameters["weight"]
+    assert model.block.fc1.weight is model.block.fc1.get_parameter("weight")
 
 
 @each_scheme

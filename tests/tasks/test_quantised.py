@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Net, loss, recipe
+from small import Net, clock_of, loss, recipe
 
 pytest.importorskip("fairseq")
 
@@ -60,7 +60,7 @@ def test_the_task_freezes_as_a_plain_loop_does(noise: dict[str, Any], when: str)
     model, optimizer = plain
     made = fairseq_qn.Stages(model, optimizer)
     task, wrapped = QNTask(), SimpleNamespace(optimizer=theirs[1], get_lr=lambda: 0.01)
-    task.boundaries = stages.boundaries(Recipe.load(theirs[0]._qn_recipe.to_dict()), task.cfg)
+    task.boundaries = stages.boundaries(Recipe.load(clock_of(theirs[0]).recipe.to_dict()), task.cfg)
     assert task.boundaries == made.boundaries
     for n in range(6):
         if n % 2 == 0:

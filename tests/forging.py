@@ -20,7 +20,7 @@ from fairseq_qn.artifact import container
 from fairseq_qn.errors import FormatError, QNError
 
 Tensors = dict[str, Tensor]
-Plan = dict[str, Any]
+Manifest = dict[str, Any]
 READERS = (container.read, container.read_manifest)
 
 
@@ -41,10 +41,10 @@ def save_a_file(folder: Path) -> Path:
     fairseq_qn.save(
         model, path, drop=["extra"], assets={"words.txt": b"words " * 100}, source={"config": {"d": [8]}}
     )
-    plan = fairseq_qn.inspect(path)
+    manifest = fairseq_qn.inspect(path)
     assert (
-        plan["layers"]["conv.weight"]["n_centroids"] == 108
-        and plan["layers"]["embed.weight"]["n_centroids"] == 152
+        manifest["layers"]["conv.weight"]["n_centroids"] == 108
+        and manifest["layers"]["embed.weight"]["n_centroids"] == 152
     )
     return path
 
@@ -55,9 +55,9 @@ def fresh() -> Net:
     return model
 
 
-def parts(path: Path) -> tuple[Tensors, Plan]:
-    tensors, plan = container.read(path)
-    return tensors, {key: value for key, value in plan.items() if key != "tensors"}
+def parts(path: Path) -> tuple[Tensors, Manifest]:
+    tensors, manifest = container.read(path)
+    return tensors, {key: value for key, value in manifest.items() if key != "tensors"}
 
 
 class Bomb:
@@ -101,15 +101,15 @@ def refusal(path: Path, expected: type[QNError] = FormatError, model: nn.Module 
     return message
 
 
-def forge(saved: Path, target: Path, edit: Callable[[Tensors, Plan], object]) -> Path:
-    tensors, plan = parts(saved)
-    edit(tensors, plan)
-    return write(target, tensors, plan)
+def forge(saved: Path, target: Path, edit: Callable[[Tensors, Manifest], object]) -> Path:
+    tensors, manifest = parts(saved)
+    edit(tensors, manifest)
+    return write(target, tensors, manifest)
 
 
-def write(target: Path, tensors: Tensors, plan: Plan) -> Path:
+def write(target: Path, tensors: Tensors, manifest: Manifest) -> Path:
     """Without waiting for the disk: there are thousands of files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
-        container.write(target, tensors, plan)
+        container.write(target, tensors, manifest)
     return target

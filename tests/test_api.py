@@ -199,10 +199,12 @@ def test_what_load_needs(tmp_path: Path) -> None:
 
 def test_inspect_is_plain_data(tmp_path: Path) -> None:
     size = fairseq_qn.save(frozen(), tmp_path / "m", source={"name": "mine"}, assets={"x": b""})
-    plan = fairseq_qn.inspect(str(tmp_path / "m"))
-    assert json.loads(json.dumps(plan)) == plan and plan["size"] == size.to_dict()
-    assert plan["source"] == {"name": "mine"} and plan["assets"] == {"x": {"bytes": 0, "codec": "zlib"}}
-    assert fairseq_qn.Recipe.load(plan["recipe"]) == fairseq_qn.Recipe.load(recipe())
+    manifest = fairseq_qn.inspect(str(tmp_path / "m"))
+    assert json.loads(json.dumps(manifest)) == manifest and manifest["size"] == size.to_dict()
+    assert manifest["source"] == {"name": "mine"} and manifest["assets"] == {
+        "x": {"bytes": 0, "codec": "zlib"}
+    }
+    assert fairseq_qn.Recipe.load(manifest["recipe"]) == fairseq_qn.Recipe.load(recipe())
 
 
 def test_files_travel_along(tmp_path: Path) -> None:
@@ -270,18 +272,18 @@ def test_what_a_file_says_does_not_drift(
         sign(view)
     size = fairseq_qn.save(model, tmp_path / "m", drop=["2"], source={"from": "test"})
     assert (tmp_path / "m").stat().st_size == size.total
-    plan = container.read_manifest(tmp_path / "m")
+    manifest = container.read_manifest(tmp_path / "m")
     conv = (
         "Conv2d kernel_size=3,3 stride=1,1 padding=0,0 output_padding=0,0 dilation=1,1 groups=1 "
         "padding_mode=zeros"
     )
-    assert plan.pop("modules") == {
+    assert manifest.pop("modules") == {
         "Sequential size=4": [""],
         "Embedding padding_idx=0 norm_type=2.0": ["0"],
         "Linear": ["1"],
         conv: ["3"],
     }
-    said = json.dumps(plan, sort_keys=True)
+    said = json.dumps(manifest, sort_keys=True)
     assert hashlib.sha256(said.encode()).hexdigest() == GOLDEN[padded]
 
 

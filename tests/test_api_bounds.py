@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge, fresh, refusal, save_a_file
+from forging import Manifest, Tensors, forge, fresh, refusal, save_a_file
 from torch import nn
 
 import fairseq_qn
 from fairseq_qn.artifact import manifest
+from fairseq_qn.artifact.manifest import pack_asset
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.recipe import Recipe
 
@@ -65,7 +66,7 @@ REPEATED = [
 
 
 @pytest.mark.parametrize("claim", REPEATED, ids=str)
-def test_names_that_occur_twice(claim: Plan, saved: Path, tmp_path: Path) -> None:
+def test_names_that_occur_twice(claim: Manifest, saved: Path, tmp_path: Path) -> None:
     assert "each once" in refusal(forge(saved, tmp_path / "f", lambda t, p: p.update(claim)))
 
 
@@ -101,8 +102,8 @@ def test_weights_far_larger_than_the_file(tmp_path: Path) -> None:
     """One bit for 4096 weights: 64 kB for 8.6 GB."""
     fairseq_qn.save(wide(), tmp_path / "m")
 
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        plan["layers"]["fc.weight"].update(shape=[1 << 19, 4096], block_size=4096)
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
+        manifest["layers"]["fc.weight"].update(shape=[1 << 19, 4096], block_size=4096)
         tensors["fc.weight/codes"] = torch.zeros(1 << 16, dtype=torch.uint8)
         tensors["fc.weight/codebook"] = torch.zeros(2, 4096, dtype=torch.float16)
 
@@ -141,8 +142,8 @@ def test_assets_are_unpacked_only_when_they_are_asked_for(
         make = getattr(codec, maker)
         return lambda: (unpacked.append(codec.__name__), make())[1]
 
-    def more(tensors: Tensors, plan: Plan) -> None:
-        plan["assets"]["other"], tensors["asset:other"] = manifest.pack_asset(b"other")
+    def more(tensors: Tensors, manifest: Manifest) -> None:
+        manifest["assets"]["other"], tensors["asset:other"] = pack_asset(b"other")
 
     path = forge(saved, tmp_path / "f", more)
     monkeypatch.setattr(
@@ -162,9 +163,12 @@ def test_many_bombs_are_refused_before_any_is_unpacked(saved: Path, tmp_path: Pa
     """Each within its own bound: 13 files of 256 MB in 160 kB."""
     bomb = torch.frombuffer(bytearray(bz2.compress(bytes(1 << 20), 9)), dtype=torch.uint8)
 
-    def edit(tensors: Tensors, plan: Plan) -> None:
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
         for i in range(13):
-            plan["assets"][f"{i}"], tensors[f"asset:{i}"] = {"bytes": 1 << 28, "codec": "bz2"}, bomb.clone()
+            manifest["assets"][f"{i}"], tensors[f"asset:{i}"] = (
+                {"bytes": 1 << 28, "codec": "bz2"},
+                bomb.clone(),
+            )
 
     with pytest.raises(FormatError, match="files inside, unpacked: expected at most .* found 348"):
         _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets
@@ -173,8 +177,8 @@ def test_many_bombs_are_refused_before_any_is_unpacked(saved: Path, tmp_path: Pa
 # -- NaN and Inf
 
 
-def part(name: str, value: Any) -> Callable[[Tensors, Plan], object]:
-    return lambda tensors, plan: tensors[name].view(-1).__setitem__(-1, value)
+def part(name: str, value: Any) -> Callable[[Tensors, Manifest], object]:
+    return lambda tensors, manifest: tensors[name].view(-1).__setitem__(-1, value)
 
 
 NOT_FINITE = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge, fresh, one_line, parts, refusal, save_a_file
+from forging import Manifest, Tensors, forge, fresh, one_line, parts, refusal, save_a_file
 from small import Net, recipe
 from torch import nn
 
@@ -55,10 +55,10 @@ def test_files_of_each_version_load_for_ever(version: int, tmp_path: Path) -> No
 
 
 def test_missing_tensors(saved: Path, tmp_path: Path) -> None:
-    tensors, plan = parts(saved)
+    tensors, manifest = parts(saved)
     layers = {
         f"{name}/{part}"
-        for name in plan["layers"]
+        for name in manifest["layers"]
         for part in ("codes", "codebook", "levels", "scale", "zero")
     }
     for name in tensors:
@@ -99,7 +99,7 @@ def test_wrong_shapes_and_dtypes(saved: Path, tmp_path: Path) -> None:
 
 
 def test_bits_after_the_last_code(saved: Path, tmp_path: Path) -> None:
-    def edit(tensors: Tensors, plan: Plan) -> None:
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
         tensors["conv.weight/codes"][-1] |= 128  # 108 codes of 7 bits are 756 bits, and four are left over
 
     assert "conv.weight: packed codes: expected zero bits" in refusal(forge(saved, tmp_path / "f", edit))

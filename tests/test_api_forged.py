@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge, fresh, one_line, parts, refusal, save_a_file, write
+from forging import Manifest, Tensors, forge, fresh, one_line, parts, refusal, save_a_file, write
 
 import fairseq_qn
 from fairseq_qn.errors import FormatError, QNError
@@ -81,7 +81,7 @@ def test_exponents_out_of_range(exponent: Any, saved: Path, tmp_path: Path) -> N
 
 
 def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) -> None:
-    def assets(edit: Callable[[Tensors, Plan], object]) -> str:
+    def assets(edit: Callable[[Tensors, Manifest], object]) -> str:
         with pytest.raises(FormatError) as error:
             _ = fairseq_qn.api.read(forge(saved, tmp_path / "f", edit)).assets["words.txt"]
         message = one_line(error.value)
@@ -92,10 +92,10 @@ def test_files_inside_that_are_not_what_they_say(saved: Path, tmp_path: Path) ->
         bomb = torch.frombuffer(bytearray(codec.compress(bytes(1 << 26), 9)), dtype=torch.uint8)
 
         def swell(
-            tensors: Tensors, plan: Plan, bomb: torch.Tensor = bomb, name: str = codec.__name__
+            tensors: Tensors, manifest: Manifest, bomb: torch.Tensor = bomb, name: str = codec.__name__
         ) -> None:
             tensors["asset:words.txt"] = bomb
-            plan["assets"]["words.txt"]["codec"] = name
+            manifest["assets"]["words.txt"]["codec"] = name
 
         assert "expected 600 bytes, found 601+" in assets(swell)
     assert "cannot be unpacked" in assets(lambda t, p: p["assets"]["words.txt"].update(codec="bz2"))
@@ -142,13 +142,13 @@ HOSTILE = [
 
 def test_no_edit_of_the_manifest_gets_past_a_named_error(saved: Path, tmp_path: Path) -> None:
     """Every place of the manifest set to every hostile value: it loads, or fails by name and in one line."""
-    tensors, plan = parts(saved)
+    tensors, manifest = parts(saved)
     path, loaded = tmp_path / "f", set()
-    places = [place for place in nodes(plan) if place[0] not in ("recipe", "producer")]
+    places = [place for place in nodes(manifest) if place[0] not in ("recipe", "producer")]
     assert len(places) > 60
     for place in places:
         for value in HOSTILE:
-            forged = copy.deepcopy(plan)
+            forged = copy.deepcopy(manifest)
             home = forged
             for key in place[:-1]:
                 home = home[key]
@@ -156,7 +156,7 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(saved: Path, tmp_path: 
                 del home[place[-1]]
             else:
                 home[place[-1]] = value
-            if forged == plan:
+            if forged == manifest:
                 continue
             write(path, tensors, forged)
             try:
@@ -179,7 +179,7 @@ def test_no_edit_of_the_manifest_gets_past_a_named_error(saved: Path, tmp_path: 
 @pytest.mark.parametrize(
     "source", [{"builder": "none such"}, {"builder": ["x"]}, {"builder": {}}, {"builder": 5}]
 )
-def test_unknown_builders(source: Plan, saved: Path, tmp_path: Path) -> None:
+def test_unknown_builders(source: Manifest, saved: Path, tmp_path: Path) -> None:
     path = forge(saved, tmp_path / "f", lambda t, p: p.update(source=source))
     with pytest.raises(FormatError, match="source.builder: expected one of"):
         fairseq_qn.load(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge
+from forging import Manifest, Tensors, forge
 from torch import nn
 
 import fairseq_qn
@@ -39,8 +39,8 @@ def test_a_dense_load_takes_at_most_twice_what_it_decodes_to(tmp_path: Path) -> 
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "small")
 
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        plan["layers"]["0.weight"].update(shape=[ROWS, COLUMNS], block_size=1, n_centroids=65536)
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
+        manifest["layers"]["0.weight"].update(shape=[ROWS, COLUMNS], block_size=1, n_centroids=65536)
         tensors["0.weight/codes"] = torch.zeros(2 * ROWS * COLUMNS, dtype=torch.uint8)
         tensors["0.weight/codebook"] = torch.zeros(65536, 1, dtype=torch.float16)
 
@@ -59,8 +59,8 @@ def test_a_dense_load_of_more_than_its_size_may_take_is_refused(tmp_path: Path) 
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "small")
 
-    def edit(tensors: Tensors, plan: Plan) -> None:
-        plan["layers"]["0.weight"].update(shape=[rows, columns], block_size=32, n_centroids=256)
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
+        manifest["layers"]["0.weight"].update(shape=[rows, columns], block_size=32, n_centroids=256)
         tensors["0.weight/codes"] = torch.zeros(rows * columns // 32, dtype=torch.uint8)
         tensors["0.weight/codebook"] = torch.zeros(256, 32, dtype=torch.float16)
 

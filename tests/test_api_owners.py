@@ -23,12 +23,12 @@ def test_a_tie_is_stored_once_and_restored(mode: str, matched: str, tmp_path: Pa
     fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
+    manifest = fairseq_qn.inspect(tmp_path / "m")
     other = {"embed": "head", "head": "embed"}[matched]
-    assert list(plan["layers"]) == [f"{matched}.weight"] and plan["ties"] == [
+    assert list(manifest["layers"]) == [f"{matched}.weight"] and manifest["ties"] == [
         [f"{matched}.weight", f"{other}.weight"]
     ]
-    assert not [name for name in plan["tensors"] if name.startswith(f"{other}.weight")]
+    assert not [name for name in manifest["tensors"] if name.startswith(f"{other}.weight")]
     fresh = Net()
     fresh.head.weight = nn.Parameter(torch.zeros(20, 8))  # as a model built without the tie
     loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
@@ -45,8 +45,8 @@ def test_ties_of_dense_weights_are_stored_once_too(tmp_path: Path) -> None:
     fairseq_qn.apply(model, recipe("block.fc1"))
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert plan["ties"] == [["embed.weight", "head.weight"]] and "head.weight" not in plan["tensors"]
+    manifest = fairseq_qn.inspect(tmp_path / "m")
+    assert manifest["ties"] == [["embed.weight", "head.weight"]] and "head.weight" not in manifest["tensors"]
     loaded = fairseq_qn.load(tmp_path / "m", model=Net(5))
     assert loaded.head.weight is loaded.embed.weight and torch.equal(answers(loaded), answers(model.eval()))
 
@@ -78,8 +78,13 @@ def test_shared_modules_and_odd_owners(mode: str, device: str, tmp_path: Path) -
     )
     fairseq_qn.freeze(model)
     fairseq_qn.save(model, tmp_path / "m", parts="float32")
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert {name.split("/")[0] for name in plan["tensors"]} == {"a.weight", "a.bias", "c.weight", "c.bias"}
+    manifest = fairseq_qn.inspect(tmp_path / "m")
+    assert {name.split("/")[0] for name in manifest["tensors"]} == {
+        "a.weight",
+        "a.bias",
+        "c.weight",
+        "c.bias",
+    }
     with torch.device(device):
         fresh = Shared()
     loaded = fairseq_qn.load(tmp_path / "m", mode, fresh)
@@ -131,9 +136,9 @@ def test_modules_can_be_left_out(mode: str, tmp_path: Path) -> None:
     assert size.total < whole.total and size.total == fairseq_qn.predict_size(
         model, parts="float32", drop=["extra", "net.head"]
     )
-    plan = fairseq_qn.inspect(tmp_path / "m")
-    assert plan["dropped"] == ["extra", "net.head"] and plan["ties"] == []
-    assert not [name for name in plan["tensors"] if name.startswith(("extra", "net.head"))]
+    manifest = fairseq_qn.inspect(tmp_path / "m")
+    assert manifest["dropped"] == ["extra", "net.head"] and manifest["ties"] == []
+    assert not [name for name in manifest["tensors"] if name.startswith(("extra", "net.head"))]
     loaded = fairseq_qn.load(tmp_path / "m", mode, Headed())
     assert torch.equal(loaded.net.embed(IDS), model.net.embed(IDS))
     for module, name in ((loaded.extra, "extra"), (loaded.net.head, "net.head")):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forging import Plan, Tensors, forge
+from forging import Manifest, Tensors, forge
 from small import (
     LAYERS,
     MODES,
@@ -124,8 +124,8 @@ def test_a_file_of_before_reads_its_pad_row_as_zero(mode: str, tmp_path: Path) -
     """Files of earlier releases hold no pad row: their models answered with zero."""
     fairseq_qn.save(frozen(train_the_pad_row), tmp_path / "new")
 
-    def age(tensors: Tensors, plan: Plan) -> None:
-        del tensors["embed.weight/pad"], plan["layers"]["embed.weight"]["pad"]
+    def age(tensors: Tensors, manifest: Manifest) -> None:
+        del tensors["embed.weight/pad"], manifest["layers"]["embed.weight"]["pad"]
 
     loaded = fairseq_qn.load(forge(tmp_path / "new", tmp_path / "old", age), mode, Net())
     assert (

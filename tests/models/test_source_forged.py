@@ -19,11 +19,11 @@ from typing import Any
 import forging
 import pytest
 from described import CODE, KINDS, MARK, NAMES, ask, build, hostile, save, watched
-from forging import Plan, Tensors, one_line, parts, write
+from forging import Manifest, Tensors, one_line, parts, write
 
 import fairseq_qn
 from fairseq_qn import hub
-from fairseq_qn.artifact import manifest
+from fairseq_qn.artifact.manifest import pack_asset
 from fairseq_qn.errors import FormatError, QNError
 from fairseq_qn.models.describe import checked
 from fairseq_qn.models.options import BPE_FILES, MODELS, TASKS
@@ -94,17 +94,17 @@ def try_all(path: Path, forged: Any, monkeypatch: Patch, trap: Path) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_edits(kind: str, files: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:
-    tensors, plan = parts(files[kind])
+    tensors, manifest = parts(files[kind])
     trap, path = tmp_path / MARK, tmp_path / "f.qn.safetensors"
     draw, values, refused = random.Random(f"{kind} {SEED}"), hostile(trap), 0
     files_inside = fairseq_qn.api.read(files[kind]).assets
     times = EDITS if kind == "qn_roberta" else EDITS // 2
     for _ in range(times):
         if draw.random() < 0.7:
-            forged = {"source": edited(plan["source"], draw, values)}
-            write(path, tensors, {**plan, **forged})
+            forged = {"source": edited(manifest["source"], draw, values)}
+            write(path, tensors, {**manifest, **forged})
         else:
-            name = draw.choice([name for name in plan["assets"] if name.endswith(".json")])
+            name = draw.choice([name for name in manifest["assets"] if name.endswith(".json")])
             forged = {name: edited(json.loads(files_inside[name]), draw, values)}
             forge(files[kind], path, {}, {name: json.dumps(forged[name]).encode()})
         refused += try_all(path, forged, monkeypatch, trap) != "answered"
@@ -116,13 +116,13 @@ def forge(saved: Path, target: Path, source: dict[str, Any], assets: dict[str, b
     replaced.
     """
 
-    def edit(tensors: Tensors, plan: Plan) -> None:
+    def edit(tensors: Tensors, manifest: Manifest) -> None:
         for name, change in source.items():
-            part = plan["source"].get(name)
+            part = manifest["source"].get(name)
             both = isinstance(part, dict) and isinstance(change, dict)
-            plan["source"][name] = {**part, **change} if both else change
+            manifest["source"][name] = {**part, **change} if both else change
         for name, data in (assets or {}).items():
-            plan["assets"][name], tensors[f"asset:{name}"] = manifest.pack_asset(data)
+            manifest["assets"][name], tensors[f"asset:{name}"] = pack_asset(data)
 
     return forging.forge(saved, target, edit)
 
@@ -266,7 +266,7 @@ def test_files_inside_that_make_no_sense(
     """An empty dictionary above all: fairseq then reads dict.txt of the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dict.txt").write_text("".join(f"{n} 1\n" for n in range(300)))
-    tensors, plan = parts(files["qn_roberta"])
+    tensors, manifest = parts(files["qn_roberta"])
     empty = {"symbols": [], "nspecial": 0, **{f"{word}_index": 0 for word in ("bos", "pad", "eos", "unk")}}
     for data in [*BROKEN[name], *([json.dumps(empty).encode()] if name.startswith("source") else [])]:
         source = {"task": {"_name": "qn_masked_lm"}} if name.startswith("source") else {}

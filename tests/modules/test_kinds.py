@@ -119,7 +119,7 @@ def test_a_subclass_and_a_copy_with_other_dropout_are_the_model(mode: str, saved
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_of_before_says_nothing_of_modules(mode: str, saved: Path, tmp_path: Path) -> None:
-    old = forge(saved, tmp_path / "old", lambda tensors, plan: plan.pop("modules"))
+    old = forge(saved, tmp_path / "old", lambda tensors, manifest: manifest.pop("modules"))
     assert_answers(answers(fairseq_qn.load(old, mode, Net())), answers(frozen()), mode)
 
 
@@ -127,13 +127,13 @@ def test_a_file_of_before_says_nothing_of_modules(mode: str, saved: Path, tmp_pa
     "value", [[], "x", {"Net": ""}, {"Net": "x"}, {"Net": [1]}, {"Net": None}, {"Net": [["x"]]}]
 )
 def test_a_forged_list_of_modules(value: object, saved: Path, tmp_path: Path) -> None:
-    path = forge(saved, tmp_path / "f", lambda tensors, plan: plan.update(modules=value))
+    path = forge(saved, tmp_path / "f", lambda tensors, manifest: manifest.update(modules=value))
     with pytest.raises(FormatError, match="modules: expected names by kind"):
         fairseq_qn.load(path, model=Net())
 
 
 def test_it_is_small_and_not_there_for_a_model_that_its_file_builds(saved: Path, tmp_path: Path) -> None:
-    old = forge(saved, tmp_path / "old", lambda tensors, plan: plan.pop("modules"))
+    old = forge(saved, tmp_path / "old", lambda tensors, manifest: manifest.pop("modules"))
     assert 0 < saved.stat().st_size - old.stat().st_size < 400
     model = frozen()
     fairseq_qn.save(model, tmp_path / "m", source={"builder": "mine"})

@@ -67,7 +67,8 @@ class Rule:
 
     def takes(self, names: list[str], module: object) -> bool:
         """Whether this rule takes a module known under `names` (its own and those of modules tied to it)."""
-        if self.module and self.module not in {cls.__name__ for cls in type(module).__mro__}:
+        classes = [cls.__name__ for cls in type(module).__mro__] + ["Linear"] * is_conv1d(module)
+        if self.module and self.module not in classes:
             return False
         if any(_plain(getattr(module, key, None)) != _plain(value) for key, value in self.where.items()):
             return False
@@ -141,6 +142,15 @@ class Recipe:
     def noise_of(self, rule: Rule) -> Noise:
         """The noise of a rule: its own, or the recipe's."""
         return self.noise if rule.noise is None else rule.noise
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is transformers' Conv1D (GPT-2's), a Linear to a recipe: x @ weight + bias, and so the
+    weight is [in_features, out_features].
+    """
+    named = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    weight = getattr(module, "_parameters", {}).get("weight") if named else None
+    return weight is not None and weight.dim() == 2 and weight.shape[1] == getattr(module, "nf", None)
 
 
 def short_recipe(p: float, block_size: int, bits: int | None = None) -> Recipe:

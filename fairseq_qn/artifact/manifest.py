@@ -199,6 +199,11 @@ def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
 
+def transposed(entry: Mapping[str, Any]) -> bool:
+    """Whether the model has a layer's weight the other way round, [in, out], than it is stored."""
+    return entry.get("transposed", False)
+
+
 def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
     """What is wrong with a layer's entry, or None."""
     if not isinstance(entry, dict) or not _is_shape(entry.get("shape")):
@@ -206,6 +211,9 @@ def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
     scheme = next((own for name, own in SCHEMES.items() if name == entry.get("scheme")), None)
     if scheme is None:
         return f"unknown scheme {short(entry.get('scheme'))}"
+    turned = entry.get("transposed", False)
+    if type(turned) is not bool or (turned and len(entry["shape"]) != 2):
+        return f"transposed: expected true of a matrix, or false, found {short(turned)}"
     if problem := scheme.check_entry(entry) or streams.check(entry):
         return problem
     wanted = streams.layout(entry, FLOATS[manifest["parts"]])

@@ -68,7 +68,7 @@ class Content:
         UnsupportedError for a file that no reader would take.
         """
         for view in self.views.values():
-            if not view.scheme.finite(view.weight.detach(), view):
+            if not view.scheme.finite(view.matrix, view):
                 todo = "nothing was written, save an earlier checkpoint"
                 raise NonFiniteWeight(f"{view.name}: frozen with NaN or Inf; {todo}")
         for name, tensor in self.dense.items():
@@ -92,8 +92,8 @@ class Content:
         """(manifest, tensors) of the file, once every layer is frozen and `check` has passed."""
         layers, exponents, tensors = {}, {}, {}
         for name, view in self.views.items():
-            entry, parts = streams.encoded(*view.scheme.encode(view.weight.detach(), view, self.dtype))
-            layers[name] = entry
+            entry, parts = streams.encoded(*view.scheme.encode(view.matrix, view, self.dtype))
+            layers[name] = entry | _layout(view)
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
             tensors[name], exponent = narrowed(tensor.detach(), self.dtype_of(tensor))
@@ -103,7 +103,7 @@ class Content:
     def _outline(self) -> dict[str, Any]:
         """The manifest as `encode` makes it, but for what packing alone can tell."""
         layers = {
-            name: view.scheme.entry(view.weight.detach(), view, self.dtype, view.phase == FROZEN)
+            name: view.scheme.entry(view.matrix, view, self.dtype, view.phase == FROZEN) | _layout(view)
             for name, view in self.views.items()
         }
         found = {name: exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()}
@@ -149,6 +149,10 @@ def content_of(
     return Content(
         content, views, dense, {manifest.ASSET + name: data for name, (_, data) in packed.items()}
     )
+
+
+def _layout(view: WeightView) -> dict[str, bool]:
+    return {"transposed": True} if view.transposed else {}
 
 
 def _names(

@@ -145,6 +145,6 @@ def _share_out(views: Sequence[WeightView], world: int) -> dict[str, int]:
 def _learn(view: WeightView, iterations: int) -> float:
     """Learn a view's codes; returns its distortion."""
     seed, warm = seed_of(view.clock.seed, view.name) % 2**63, view.phase != FLOAT
-    error = view.scheme.learn(view.weight.detach(), view, warm, iterations, seed)
+    error = view.scheme.learn(view.matrix, view, warm, iterations, seed)
     sign(view)
     return error

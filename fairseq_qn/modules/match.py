@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fairseq_qn.errors import NoLayerMatched
-from fairseq_qn.recipe import MODULE_TYPES, Recipe, Rule
+from fairseq_qn.recipe import MODULE_TYPES, Recipe, Rule, is_conv1d
 
 _TYPES = tuple(getattr(nn, name) for name in MODULE_TYPES)
 
@@ -135,25 +135,20 @@ def _keep(recipe: Recipe, owners: list[Owner]) -> str | None:
     )
 
 
+def _quantisable(owner: Owner) -> bool:
+    return owner.attribute == "weight" and (isinstance(owner.module, _TYPES) or is_conv1d(owner.module))
+
+
 def _rule(recipe: Recipe, owners: list[Owner]) -> Match | None:
     for rule in recipe.rules:
         for owner in owners:
-            if (
-                isinstance(owner.module, _TYPES)
-                and owner.attribute == "weight"
-                and rule.takes(list(owner.names), owner.module)
-            ):
+            if _quantisable(owner) and rule.takes(list(owner.names), owner.module):
                 return Match(rule, owner, tuple(owners))
     return None
 
 
 def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: list[list[Owner]]) -> None:
-    known = [
-        o.name
-        for owners in groups
-        for o in owners
-        if isinstance(o.module, _TYPES) and o.attribute == "weight"
-    ]
+    known = [o.name for owners in groups for o in owners if _quantisable(o)]
     shown = ", ".join(known[:4]) + (f", ... ({len(known)})" if len(known) > 4 else "")
     for index, rule in enumerate(recipe.rules):
         if id(rule) not in used and not rule.optional:

@@ -67,4 +67,4 @@ def _project(moment: Tensor, offset: int, view: WeightView, *, squared: bool) ->
     if moment.shape != shape:  # of a flat master
         moment = moment[offset : offset + view.weight.numel()].view(shape)
     present = moment.to(view.weight.device)  # the state may be offloaded
-    moment.copy_(view.scheme.moment(present, view, squared=squared))
+    moment.copy_(view.turned(view.scheme.moment(view.turned(present), view, squared=squared)))

@@ -22,12 +22,14 @@ from fairseq_qn.schemes.base import Stored
 class Packed(nn.Module):
     """Mixin: a weight that is read, not trained. Its tensors are the module's buffers."""
 
+    _qn_transposed = False  # the module's weight is [in, out], what is stored [out, in]
+
     @property
     def weight(self) -> Tensor:
         """The weight, decoded at once unless products with it may do without."""
         stored = self.qn_stored
         lazy = len(stored.shape) == 2 and stored.like.device.type == "cpu" and not native.watched()
-        return LazyWeight(stored) if lazy else stored.dense()
+        return LazyWeight(stored, self._qn_transposed) if lazy else self.decoded()
 
     @property
     def qn_stored(self) -> Stored:
@@ -36,7 +38,8 @@ class Packed(nn.Module):
 
     def decoded(self) -> Tensor:
         """The dense weight."""
-        return self.qn_stored.dense()
+        weight = self.qn_stored.dense()
+        return weight.t() if self._qn_transposed else weight
 
     def train(self, mode: bool = True) -> Packed:
         """As of any module; training leaves a packed weight as it is, and says so."""
@@ -66,9 +69,9 @@ class PackedEmbedding(Packed):
         )
 
 
-def pack(module: nn.Module, stored: Stored, label: str = "packed") -> None:
+def pack(module: nn.Module, stored: Stored, label: str = "packed", transposed: bool = False) -> None:
     """Let `stored` take the place of a dense module's weight; its floating-point tensors take that one's
-    dtype.
+    dtype. transposed: the module's weight is the other way round.
     """
     base, dtype = type(module), module._parameters.pop("weight").dtype
     module.__class__ = _packed_class(base, stored.PREFIX)
@@ -77,6 +80,8 @@ def pack(module: nn.Module, stored: Stored, label: str = "packed") -> None:
         module.register_buffer(name, tensor.to(dtype) if real else tensor)
     module._qn_layout = stored.holding(dict.fromkeys(stored.TENSORS))
     module._qn_label = label
+    if transposed:
+        module._qn_transposed = True
 
 
 def tie(module: nn.Module, attribute: str, packed: nn.Module) -> None:

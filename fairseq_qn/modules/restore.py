@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fairseq_qn.artifact import container, streams
 from fairseq_qn.artifact.header import short
-from fairseq_qn.artifact.manifest import Assets, check, dense_excess, dense_names
+from fairseq_qn.artifact.manifest import Assets, check, dense_excess, dense_names, transposed
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
@@ -84,7 +84,9 @@ class File:
         dense, layers, content = self.dense(), self.layers(), self.manifest
         if model is None:
             model = _build(self)
-        shapes = {name: tuple(found.shape) for name, found in (*dense.items(), *layers.items())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
+        for name, stored in layers.items():
+            shapes[name] = stored.shape[::-1] if transposed(content["layers"][name]) else stored.shape
         check_fits(model, shapes, content["ties"], content["dropped"])
         check_kinds(model, content.get("modules", {}))
         activations.check(model, content.get("activations", {}))
@@ -95,8 +97,7 @@ class File:
             setattr(parent, attribute, Dropped(name))
         for name, tensor in dense.items():
             _assign(model, name, tensor)
-        labels = {name: SCHEMES[entry["scheme"]].label(entry) for name, entry in content["layers"].items()}
-        _fill(model, layers, content["ties"], labels if mode == "packed" else None)
+        _fill(model, layers, content, packed=mode == "packed")
         activations.restore(model, content.get("activations", {}))
         return model.eval()
 
@@ -155,32 +156,33 @@ def _build(file: File) -> nn.Module:
 def _fill(
     model: nn.Module,
     layers: Mapping[str, Stored],
-    ties: Sequence[Sequence[str]],
-    labels: Mapping[str, str] | None,
+    content: Mapping[str, Any],
+    packed: bool,
 ) -> None:
-    """Fill a model that check_fits has passed, in place; packed if there are `labels`. On the meta device it
-    gets its tensors here.
-    """
+    """Fill a model that check_fits has passed, in place. On the meta device it gets its tensors here."""
+    ties, entries = content["ties"], content["layers"]
     tied = {first: others for first, *others in ties}
-    packed: list[tuple[str, nn.Module, list[tuple[nn.Module, str]]]] = []
+    holders: list[tuple[str, nn.Module, list[tuple[nn.Module, str]]]] = []
     for name, stored in layers.items():
         owners = [_place(model, key) for key in (name, *tied.get(name, ()))]
         holder = next((module for module, attribute in owners if attribute == "weight"), None)
-        if labels is not None and holder is not None:
-            packed.append((name, holder, owners))
+        if packed and holder is not None:
+            holders.append((name, holder, owners))
         else:
             module, attribute = owners[0]
-            _assign(model, name, stored.dense(module._parameters[attribute].dtype))
+            weight = stored.dense(module._parameters[attribute].dtype)
+            _assign(model, name, weight.t().contiguous() if transposed(entries[name]) else weight)
     for first, *others in ties:
         for other in others:
             _retie(model, first, other)
-    for name, holder, owners in packed:
-        pack(holder, layers[name], labels[name])
+    for name, holder, owners in holders:
+        label = SCHEMES[entries[name]["scheme"]].label(entries[name])
+        pack(holder, layers[name], label, transposed(entries[name]))
         for module, attribute in owners:
             # not the holder, nor a module that goes by two names a second time
             if attribute in module._parameters:
                 tie(module, attribute, holder)
-    for module in model.modules() if packed else ():
+    for module in model.modules() if holders else ():
         # fairseq's attention: to call its projections, not read them
         if hasattr(module, "_set_skip_embed_dim_check"):
             module._set_skip_embed_dim_check()

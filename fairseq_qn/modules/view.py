@@ -26,7 +26,7 @@ from fairseq_qn.modules import digest
 from fairseq_qn.modules.clock import Clock, Time
 from fairseq_qn.quant.noise import seed_of
 from fairseq_qn.quant.reading import read
-from fairseq_qn.recipe import Noise, Rule
+from fairseq_qn.recipe import Noise, Rule, is_conv1d
 from fairseq_qn.schemes.base import Draw
 
 T = TypeVar("T")
@@ -43,13 +43,15 @@ class WeightView:
 
     Its buffers, `phase` (uint8 scalar), those of its scheme and a `digest` of them, are registered on
     `home`, the module that the recipe matched, when the view is made; state-dict keys are therefore the same
-    in every phase. To its scheme it is a Site.
+    in every phase. To its scheme it is a Site, whose weight has its outputs first: that of a Conv1D
+    [in, out] is handed over transposed, so that blocks run along the input as everywhere.
     """
 
     def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, clock: Clock) -> None:
         weight = home._parameters["weight"]
         self.name, self.rule, self.noise, self.home, self.clock = name, rule, noise, home, clock
         self.scheme = rule.scheme
+        self.transposed = is_conv1d(home)
         # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.keys = (name,)
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
@@ -60,7 +62,7 @@ class WeightView:
         self._seen: tuple[Time | None, int] = (None, 0)
         self._watching: RemovableHandle | None = None
         _check_weight(weight, name)
-        self.scheme.check(weight.shape, name)  # raises before anything is registered
+        self.scheme.check(self.shape, name)  # raises before anything is registered
         for buffer in self.buffer_names:
             if hasattr(home, buffer):
                 raise UnsupportedError(
@@ -68,7 +70,7 @@ class WeightView:
                 )
         with torch.inference_mode(False):  # buffers that can be written to and used anywhere
             buffers = {"phase": torch.tensor(FLOAT, dtype=torch.uint8)}
-            buffers |= self.scheme.buffers(weight.shape, self.padding_idx)
+            buffers |= self.scheme.buffers(self.shape, self.padding_idx)
             buffers["digest"] = torch.zeros(digest.SIZE, dtype=torch.int64)
             for buffer, tensor in buffers.items():
                 home.register_buffer(buffer, tensor.to(weight.device))
@@ -86,8 +88,17 @@ class WeightView:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight."""
-        return self.weight.shape
+        """Of the weight as its scheme sees it."""
+        return self.weight.shape[::-1] if self.transposed else self.weight.shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as its scheme sees it, detached: [out, in, ...]."""
+        return self.turned(self.weight.detach())
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From the weight's layout to its scheme's, or back."""
+        return tensor.t().contiguous() if self.transposed else tensor
 
     def buffer(self, name: str) -> Tensor:
         """One of its buffers: `phase`, `digest`, or one of its scheme's, meaningful when CODED or FROZEN."""
@@ -140,7 +151,7 @@ class WeightView:
     def _value(self, weight: Tensor, training: bool) -> Tensor:
         if self.phase == FROZEN:
             _refuse_tracing(self.name)
-            return self.scheme.frozen(weight, self)
+            return self.turned(self.scheme.frozen(self.turned(weight), self))
         if not training or self.noise.kind == "none":
             return weight
         _refuse_tracing(self.name)
@@ -157,7 +168,8 @@ class WeightView:
                 "first"
             )
         seed = seed_of(self.clock.seed, *at, self.clock.rank, self.name)
-        value = self.scheme.noised(weight, self, Draw(self.noise.kind, p, seed))
+        draw = Draw(self.noise.kind, p, seed)
+        value = self.turned(self.scheme.noised(self.turned(weight), self, draw))
         return read(value, lambda noised: noised, self._untimed) if self._is_stale(weight, at) else value
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
@@ -196,12 +208,12 @@ class WeightView:
 
     def quantized(self) -> Tensor:
         """phi(weight) of the scheme: exact, without noise or gradient, by what was learned."""
-        return self.scheme.quantized(self.weight.detach(), self)
+        return self.turned(self.scheme.quantized(self.matrix, self))
 
     @property
     def label(self) -> str:
         """Scheme and phase, in a few letters."""
-        entry = self.scheme.entry(self.weight.detach(), self, torch.float32, learned=False)
+        entry = self.scheme.entry(self.matrix, self, torch.float32, learned=False)
         return f"{self.scheme.label(entry)}, {PHASES[self.phase]}"
 
     @property

@@ -7,6 +7,7 @@ A block runs along the input dimension, so blocks are consecutive elements of th
     Conv       [out, in / groups, *kernel]        d input channels of a 1x1 kernel; of k elements: where
                                                   k divides d, whole kernels of d / k channels; where d
                                                   divides k, parts of one kernel
+    Conv1D     of transformers, [in, out]         turned by its view, and then as Linear
 """
 
 from __future__ import annotations

@@ -34,15 +34,9 @@ def transformers() -> Namespace:
         pytest.importorskip("transformers", reason="parity with Hugging Face needs transformers")
         import transformers
 
-        names = (
-            "BertConfig",
-            "BertForMaskedLM",
-            "BertModel",
-            "BertTokenizer",
-            "RobertaConfig",
-            "RobertaForMaskedLM",
-            "RobertaForSequenceClassification",
-        )
+        names = """BertConfig BertForMaskedLM BertForSequenceClassification BertModel BertTokenizer
+            DistilBertConfig DistilBertForMaskedLM GPT2Config GPT2LMHeadModel
+            RobertaConfig RobertaForMaskedLM RobertaForSequenceClassification""".split()
         # imported now, torchaudio hidden
         return Namespace(**{name: getattr(transformers, name) for name in names})
 

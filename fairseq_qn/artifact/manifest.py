@@ -201,7 +201,7 @@ def dense_names(manifest: Mapping[str, Any]) -> list[str]:
 
 def transposed(entry: Mapping[str, Any]) -> bool:
     """Whether the model has a layer's weight the other way round, [in, out], than it is stored."""
-    return entry.get("transposed", False)
+    return entry.get("transposed") is True
 
 
 def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """The manifest: what is in the file, as plain data, and the strict check of it on the way in.
 
-version     of the format, 2; 1 is read as well
+version     of the format, 1 to 3: see `version_of`
 producer    who wrote it
 recipe      the recipe, as Recipe.to_dict
 parts       dtype of the floating-point parts
@@ -35,7 +35,7 @@ from fairseq_qn.quant.half import FLOATS
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.activation import ACTIVATIONS
 
-VERSION = header.VERSION
+VERSION = 3  # the newest that is read; what is written says `version_of`
 ASSET = "asset:"
 # Guards against a few bytes that become gigabytes: at most BASE + TIMES * what is stored.
 ASSETS_BASE, ASSETS_TIMES = 1 << 25, 8  # bytes of all files that travel inside, unpacked
@@ -92,9 +92,20 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
                 f"{path}: activations of {name!r}: {problem}; the file is damaged, fetch it again"
             )
     _check_names(manifest, path)
+    if version < (needed := version_of(manifest)):
+        raise FormatError(f"{path}: format version: expected {needed} of what is in it, found {version}")
     stored = sum(map(header.record_bytes, manifest["tensors"].values()))
     if problem := layers_excess(manifest, stored):
         raise FormatError(f"{path}: {problem}; the file is damaged, fetch it again")
+
+
+def version_of(content: Mapping[str, Any]) -> int:
+    """The oldest version whose readers understand this manifest: a reader of version 2 would pass over what
+    3 added.
+    """
+    new = {"streams", "transposed"}
+    added = "activations" in content or any(new & entry.keys() for entry in content["layers"].values())
+    return VERSION if added else 2
 
 
 def layers_excess(manifest: Mapping[str, Any], stored: int) -> str | None:

@@ -36,7 +36,7 @@ Describe = Callable[[], tuple[dict[str, Any], dict[str, bytes]]]
 class Content:
     """What the file of a model will hold, decided from shapes alone, frozen or not."""
 
-    manifest: dict[str, Any]  # without entries of layers, and exponents
+    manifest: dict[str, Any]  # without version, entries of layers, and exponents
     views: dict[str, WeightView]  # by the name under which each is stored
     dense: dict[str, Tensor]
     files: dict[str, Tensor]  # `asset:<name>`, compressed, as they travel
@@ -98,7 +98,7 @@ class Content:
         for name, tensor in self.dense.items():
             tensors[name], exponent = narrowed(tensor.detach(), self.dtype_of(tensor))
             exponents |= {name: exponent} if exponent else {}
-        return {**self.manifest, "layers": layers, "exponents": exponents}, tensors | self.files
+        return self._whole(layers, exponents), tensors | self.files
 
     def _outline(self) -> dict[str, Any]:
         """The manifest as `encode` makes it, but for what packing alone can tell."""
@@ -108,7 +108,11 @@ class Content:
         }
         found = {name: exponent_of(tensor, self.dtype_of(tensor)) for name, tensor in self.dense.items()}
         exponents = {name: exponent for name, exponent in found.items() if exponent}
-        return {**self.manifest, "layers": layers, "exponents": exponents}
+        return self._whole(layers, exponents)
+
+    def _whole(self, layers: dict[str, Any], exponents: dict[str, int]) -> dict[str, Any]:
+        content = {**self.manifest, "layers": layers, "exponents": exponents}
+        return {"version": manifest.version_of(content), **content}
 
     def _specs(self, content: Mapping[str, Any]) -> dict[str, header.Spec]:
         """(dtype, shape) of every tensor of the file."""
@@ -134,7 +138,7 @@ def content_of(
     source, files = _source(model, source, assets)
     packed = {name: manifest.pack_asset(data) for name, data in files.items()}
     content = {
-        "version": manifest.VERSION, "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
+        "producer": PRODUCER, "recipe": recipe.to_dict(), "parts": parts,
         "ties": ties, "dropped": list(drop), "source": source,
         "assets": {name: entry for name, (entry, _) in packed.items()},
     }  # fmt: skip

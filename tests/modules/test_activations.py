@@ -61,7 +61,8 @@ def test_from_the_model_to_the_file_and_back(scheme: Activation, mode: str, tmp_
     assert torch.equal(model(IDS), plain(IDS)) == isinstance(scheme, Identity)
     size = fairseq_qn.predict_size(model, parts="float32")
     assert fairseq_qn.save(model, tmp_path / "m", parts="float32").total == size
-    assert fairseq_qn.inspect(tmp_path / "m")["activations"]["conv"] == scheme.entry()
+    content = fairseq_qn.inspect(tmp_path / "m")
+    assert content["activations"]["conv"] == scheme.entry() and content["version"] == 3
     loaded = fairseq_qn.load(tmp_path / "m", mode, Net(1))
     assert dict(activations_of(loaded)) == {"conv": scheme, "block.fc2": scheme}
     torch.testing.assert_close(loaded(IDS), model(IDS))
@@ -89,7 +90,9 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
     fairseq_qn.save(frozen({"conv": Identity()}), tmp_path / "m")
     tensors, content = container.read(tmp_path / "m")
     del content["tensors"]
-    container.write(tmp_path / "m", tensors, content | {"activations": {"conv.x": {"scheme": "identity"}}})
+    container.write(
+        tmp_path / "m", tensors, content | {"version": 3, "activations": {"conv.x": {"scheme": "identity"}}}
+    )
     with pytest.raises(MismatchError, match=r"^conv\.x: the file has activations of it"):
         fairseq_qn.load(tmp_path / "m", model=Net(1))
 
@@ -106,7 +109,7 @@ def test_forged_entries(entries: Any, tmp_path: Path) -> None:
     fairseq_qn.save(frozen({}), tmp_path / "m")
     tensors, content = container.read(tmp_path / "m")
     del content["tensors"]
-    container.write(tmp_path / "m", tensors, content | {"activations": entries})
+    container.write(tmp_path / "m", tensors, content | {"version": 3, "activations": entries})
     for read in (fairseq_qn.inspect, fairseq_qn.load):
         with pytest.raises(FormatError, match="activations"):
             read(tmp_path / "m")

@@ -285,6 +285,8 @@ def test_streams_of_a_size_of_their_own(name: str, mode: str, tmp_path: Path) ->
         coded = fairseq_qn.save(model, tmp_path / "coded")
         entries = fairseq_qn.inspect(tmp_path / "coded")["layers"].values()
         assert any(entry.get("streams") for entry in entries) and coded.parts["codes"] < plain.parts["codes"]
+        versions = [fairseq_qn.inspect(tmp_path / name)["version"] for name in ("plain", "coded")]
+        assert versions == [2, 3], "a reader that knows no streams has to refuse them"
         json.dumps([*entries])
         found = fairseq_qn.load(tmp_path / "coded", mode, Net(1))(IDS)
         assert torch.equal(found, fairseq_qn.load(tmp_path / "plain", mode, Net(2))(IDS))

@@ -17,11 +17,14 @@ from typing import Any
 
 from fairseq_qn.commands.common import complain
 from fairseq_qn.errors import QNError
+from fairseq_qn.version import __version__
 
 PREDICT = """Answer sentences: labels or a value, fillings of <mask>, translations or continuations.
 
-What cannot be answered (too long, not UTF-8) is named by number on stderr, the rest is answered, and the
-exit status is 1. An empty line is answered as any other, so that answers stay in step with lines.
+Lines are answered --batch at a time, in their order; --batch 1 answers each line as it comes. Those of more
+tokens than the model has positions are cut, which is said in one line at the end. What cannot be answered
+(not UTF-8; too long with --no-cut, with <mask>, or to translate) is named by number on stderr, the rest is
+answered, and the exit status is 1. An empty line is answered as any other.
 """
 
 
@@ -56,6 +59,29 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _add_bpe(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--bpe", help="sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt")
+    sub.add_argument(
+        "--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="its model and vocabulary"
+    )
+    sub.add_argument(
+        "--bpe-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. wordpiece_cased=true"
+    )
+
+
+def _add_answering(sub: argparse.ArgumentParser) -> None:
+    """What `predict` and `evaluate` share."""
+    sub.add_argument("file", type=Path, help="a small file, a folder with one, or a checkpoint (.pt)")
+    sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
+    sub.add_argument("--head", help="classification head; default: the first")
+    sub.add_argument("--batch", type=_count, default=64, metavar="N", help="sentences at a time")
+    sub.add_argument(
+        "--no-cut", action="store_true", help="refuse sentences of too many tokens instead of cutting them"
+    )
+    sub.add_argument("--data-dir", metavar="DIR", help="dictionaries of a checkpoint; default: its own")
+    _add_bpe(sub)
+
+
 class _Intermixed(argparse.ArgumentParser):
     """Takes options before, between and after the other words."""
 
@@ -66,6 +92,7 @@ class _Intermixed(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fairseq-qn", description="Extreme compression of fairseq models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Intermixed)
 
     def command(name: str, description: str) -> argparse.ArgumentParser:
@@ -92,13 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--drop", action="append", default=[], metavar="MODULE", help="leave out, e.g. encoder.lm_head"
     )
-    sub.add_argument("--bpe", help="sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt")
-    sub.add_argument(
-        "--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="travel inside the file"
-    )
-    sub.add_argument(
-        "--bpe-option", action="append", default=[], metavar="KEY=VALUE", help="e.g. wordpiece_cased=true"
-    )
+    _add_bpe(sub)
     sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
     sub = command("inspect", "What is in a file, from its header.")
     sub.add_argument("file", type=Path)
@@ -109,12 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", type=Path)
     sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
     sub = command("predict", PREDICT)
-    sub.add_argument("file", type=Path, help="a small file, or a folder with one")
+    _add_answering(sub)
     sub.add_argument(
         "sentence", nargs="*", help="default: lines of stdin; a tab separates the sentences of a pair"
     )
-    sub.add_argument("--mode", choices=("dense", "packed"), default="dense")
-    sub.add_argument("--head", help="classification head; default: the first")
+    sub.add_argument("--input", type=Path, metavar="FILE", help="a sentence or a pair a line, instead")
+    sub.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, when all is done")
     sub.add_argument("--top", type=_count, default=3, help="answers a sentence")
     sub.add_argument("--beam", type=_count, default=5, help="hypotheses of a translation or continuation")
     sub = command(

@@ -6,9 +6,16 @@ from __future__ import annotations
 
 from fairseq_qn.models.bpe import carry_bpe
 from fairseq_qn.models.checkpoint import load_checkpoint
-from fairseq_qn.models.interfaces import QNGeneratorHub, QNRobertaHub
+from fairseq_qn.models.interfaces import QNGeneratorHub, QNRobertaHub, ranked
 from fairseq_qn.models.options import BPE_FILES
-from fairseq_qn.models.pretrained import SUFFIX, find_file, is_small, load_any, load_interface
+from fairseq_qn.models.pretrained import (
+    SUFFIX,
+    checkpoint_interface,
+    find_file,
+    is_small,
+    load_any,
+    load_interface,
+)
 from fairseq_qn.models.roberta import QNRobertaModel
 from fairseq_qn.models.stock import export_fairseq
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
@@ -22,10 +29,12 @@ __all__ = [
     "QNTransformerLanguageModel",
     "QNTransformerModel",
     "carry_bpe",
+    "checkpoint_interface",
     "export_fairseq",
     "find_file",
     "is_small",
     "load_any",
     "load_checkpoint",
     "load_interface",
+    "ranked",
 ]

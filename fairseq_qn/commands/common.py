@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fairseq_qn.errors import UnsupportedError, one_line
 
@@ -20,3 +24,26 @@ def hub() -> ModuleType:
     except ImportError as error:
         raise UnsupportedError(f"this command needs fairseq, which cannot be imported: {error}") from None
     return hub
+
+
+def carried(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What --bpe, --bpe-files and --bpe-option name. Raises UnsupportedError."""
+    return hub().carry_bpe(args.bpe, args.bpe_files, bpe_options(args.bpe_option)) if args.bpe else ({}, {})
+
+
+def interface_of(path: Path, args: argparse.Namespace) -> Any:
+    """What answers from a small file, or from a fairseq checkpoint (*.pt) with the BPE of the arguments."""
+    if path.suffix == ".pt":
+        return hub().checkpoint_interface(path, args.data_dir, carried(args))
+    return hub().load_interface(path, args.mode)
+
+
+def bpe_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words of --bpe-option. Raises UnsupportedError."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UnsupportedError(f"--bpe-option: expected KEY=VALUE, found {pair!r}")
+        options[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return options

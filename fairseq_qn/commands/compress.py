@@ -10,7 +10,7 @@ from typing import Any
 
 from fairseq_qn import api
 from fairseq_qn.artifact.replacing import refuse_same
-from fairseq_qn.commands.common import hub
+from fairseq_qn.commands.common import carried, hub
 from fairseq_qn.errors import UnsupportedError
 
 
@@ -21,9 +21,7 @@ def run(args: argparse.Namespace) -> None:
     model, config, task = ours.load_checkpoint(args.checkpoint, args.data, args.recipe)
     if api.recipe_of(model) is None:
         raise UnsupportedError(f"{args.checkpoint}: carries no recipe; give one with --recipe")
-    source, assets = (
-        ours.carry_bpe(args.bpe, args.bpe_files, _options(args.bpe_option)) if args.bpe else ({}, {})
-    )
+    source, assets = carried(args)
     reports = api.freeze(model, iterations=args.iterations, progress=None if args.json else _progress)
     unreached = [
         stage for stage in getattr(task, "boundaries", {}) if any(r.stage == stage for r in reports)
@@ -55,16 +53,6 @@ def run(args: argparse.Namespace) -> None:
             f"({worst.name})"
         )
     print(f"{args.output}: {size}")
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UnsupportedError(f"--bpe-option: expected KEY=VALUE, found {pair!r}")
-        options[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return options
 
 
 def _progress(views: Sequence[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,12 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.models.batches import BATCH, batches, shortened
 from fairseq_qn.modules.dropped import Dropped
+
+Example = str | tuple[str, ...]  # a sentence, or a pair
+Ranked = list[tuple[str, float]]  # [(label, probability)], the likeliest first
+Filled = list[tuple[str, float, str]]  # [(sentence, probability, token)], likewise
 
 _FILLER = re.compile(r"madeupword\d{4,}")  # fairseq pads a dictionary to a multiple of 8
 
@@ -37,16 +42,40 @@ class QNRobertaHub(RobertaHubInterface):
         self._need_bpe("encode")
         return super().encode(sentence, *addl_sentences, no_separator=no_separator)
 
-    @torch.inference_mode()
-    def fill_mask(self, masked_input: str, topk: int = 5) -> list[tuple[str, float, str]]:
-        """[(sentence, probability, token)] for the one <mask>, the likeliest first. Raises
-        UnsupportedError.
+    def encode_cut(self, *sentences: str) -> tuple[Tensor, bool]:
+        """(token ids, whether they were cut to the model's positions): the longest of several sentences
+        gives way first, and each keeps its end symbol.
+        """
+        tokens = self.encode(*sentences)
+        excess = len(tokens) - self.model.max_positions()
+        if excess <= 0:
+            return tokens, False
+        inner = [self.encode(sentence)[1:-1] for sentence in sentences]
+        lengths = [len(part) for part in inner]
+        cut = [part[:n] for part, n in zip(inner, shortened(lengths, sum(lengths) - excess), strict=True)]
+        words = self.task.source_dictionary
+        end = torch.tensor([words.eos()])
+        pieces = [torch.tensor([words.bos()]), cut[0], end]
+        for part in cut[1:]:
+            pieces += [end, part, end]
+        return torch.cat(pieces), True
+
+    def fill_mask(self, masked_input: str | list[str], topk: int = 5, batch: int = BATCH) -> Any:
+        """[(sentence, probability, token)] for the one <mask>, the likeliest first; of a list, a list of
+        these. Raises UnsupportedError.
 
         As fairseq's, but that what stands for no text is never an answer: the dictionary's fillers, which no
         BPE knows, and its special symbols.
         """
+        if isinstance(masked_input, str):
+            return self.fill_mask([masked_input], topk)[0]
+        tokens = [self.encode_masked(sentence) for sentence in masked_input]
+        return self.fill_tokens(masked_input, tokens, topk, batch)
+
+    def encode_masked(self, sentence: str) -> Tensor:
+        """Token ids [length] of a sentence with one <mask>. Raises UnsupportedError."""
         self._need_bpe("fill_mask")
-        words, parts = self.task.source_dictionary, masked_input.split("<mask>")
+        words, parts = self.task.source_dictionary, sentence.split("<mask>")
         if len(parts) != 2:
             raise UnsupportedError(f"fill_mask: expected one <mask> in the sentence, found {len(parts) - 1}")
         if "<mask>" not in words.indices:
@@ -55,19 +84,35 @@ class QNRobertaHub(RobertaHubInterface):
             )
         pieces = " <mask> ".join(self.bpe.encode(part.rstrip()) for part in parts)
         tokens = words.encode_line(f"<s> {pieces} </s>", append_eos=False, add_if_not_exist=False).long()
-        self._need_room(tokens)
-        with utils.model_eval(self.model):
-            logits = self.model(tokens[None].to(self.device))[0][0].cpu()
-        chances = logits[tokens == words.index("<mask>")][0].float().softmax(0)
-        chances[self._never] = -1
-        found = chances.topk(min(topk, len(words) - len(self._never)))
-        gap = " <mask>" if " <mask>" in masked_input else "<mask>"
-        answers = []
-        for chance, index in zip(*(t.tolist() for t in found), strict=True):
+        self.need_room(tokens)
+        return tokens
+
+    @torch.inference_mode()
+    def fill_tokens(
+        self, sentences: Sequence[str], tokens: Sequence[Tensor], topk: int, batch: int = BATCH
+    ) -> list[Filled]:
+        """What fill_mask answers to sentences whose ids are known (encode_masked)."""
+        words, answers = self.task.source_dictionary, [[] for _ in sentences]
+        count = min(topk, len(words) - len(self._never))
+        for places, ids in batches(tokens, batch, words.pad()):
+            masked = (ids == words.index("<mask>")).to(self.device)
+            with utils.model_eval(self.model):
+                logits = self.model(ids.to(self.device), masked_tokens=masked)[0].cpu()
+            chances = logits.float().softmax(-1)
+            chances[:, self._never] = -1
+            values, indices = chances.topk(count)
+            for place, *found in zip(places, values.tolist(), indices.tolist(), strict=True):
+                answers[place] = self._filled(sentences[place], *found)
+        return answers
+
+    def _filled(self, sentence: str, chances: list[float], indices: list[int]) -> Filled:
+        words, answers = self.task.source_dictionary, []
+        gap = " <mask>" if " <mask>" in sentence else "<mask>"
+        for chance, index in zip(chances, indices, strict=True):
             token = self.bpe.decode(words[index])
             if words[index].startswith("\u2581"):  # a sentencepiece that begins a word
                 token = f" {token}"
-            answers.append((masked_input.replace(gap, token), chance, token))
+            answers.append((sentence.replace(gap, token), chance, token))
         return answers
 
     @cached_property
@@ -87,7 +132,8 @@ class QNRobertaHub(RobertaHubInterface):
                 "FILE)"
             )
 
-    def _need_room(self, tokens: Tensor) -> None:
+    def need_room(self, tokens: Tensor) -> None:
+        """Raise UnsupportedError for more tokens than positions."""
         longest = self.model.max_positions()
         if tokens.size(-1) > longest:
             raise UnsupportedError(
@@ -105,7 +151,7 @@ class QNRobertaHub(RobertaHubInterface):
         """Names of a head's classes, likewise. The label dictionary is of the head that the task trained,
         and of no other.
         """
-        head = self._head(head)
+        head = self.head_of(head)
         count = self.model.classification_heads[head].out_proj.out_features
         dictionary = getattr(self.task, "label_dictionary", None)
         trained = getattr(self.task.cfg, "classification_head_name", None)
@@ -120,48 +166,101 @@ class QNRobertaHub(RobertaHubInterface):
             names = [s for s in symbols if s != "<mask>" and not _FILLER.fullmatch(s)]
         return names if len(names) == count else [str(i) for i in range(count)]
 
-    @torch.inference_mode()
-    def classify(self, *sentences: str, head: str | None = None) -> list[tuple[str, float]]:
-        """[(label, probability)] of one sentence, or of a pair, the likeliest first."""
-        chances = self._logits(sentences, head).softmax(-1)
-        return sorted(zip(self.labels_of(head), chances.tolist(), strict=True), key=lambda item: -item[1])
+    def classify(
+        self, *sentences: str | list[Example], head: str | None = None, batch: int = BATCH
+    ) -> Ranked | list[Ranked]:
+        """[(label, probability)] of one sentence, or of a pair, the likeliest first.
+
+        Of a list of sentences and pairs (tuples), a list of these, in its order: `classify(["a", "b"])`.
+        They go through the model `batch` at a time.
+        """
+        examples, many = _examples(sentences)
+        chances = self.logits(self._encoded(examples), head, batch).softmax(-1)
+        answers = ranked(chances, self.labels_of(head))
+        return answers if many else answers[0]
 
     def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Any:
         """Features [batch, length, size], or those of each layer. Raises UnsupportedError for more tokens
         than positions.
         """
-        self._need_room(tokens)
+        self.need_room(tokens)
         return super().extract_features(tokens, return_all_hiddens)
 
-    @torch.inference_mode()
-    def regress(self, *sentences: str, head: str | None = None) -> float:
-        """The value of one sentence, or of a pair, from a head of one output. Raises UnsupportedError for
-        another.
+    def regress(
+        self, *sentences: str | list[Example], head: str | None = None, batch: int = BATCH
+    ) -> float | list[float]:
+        """The value of one sentence, or of a pair, from a head of one output; of a list of these, a list.
+        Raises UnsupportedError for another head.
         """
         if not self.is_regression(head):
             raise UnsupportedError(
                 f"regress: expected a head of one output, found {head or 'the first'} with classes"
             )
-        return float(self._logits(sentences, head)[0])
+        examples, many = _examples(sentences)
+        found = self.logits(self._encoded(examples), head, batch)[:, 0].tolist()
+        return found if many else found[0]
 
     def is_regression(self, head: str | None = None) -> bool:
         """Whether a head has one output, a number, rather than classes."""
-        return self.model.classification_heads[self._head(head)].out_proj.out_features == 1
+        return self.model.classification_heads[self.head_of(head)].out_proj.out_features == 1
 
-    def _logits(self, sentences: Sequence[str], head: str | None) -> Tensor:
-        return self.predict(self._head(head), self.encode(*sentences), return_logits=True).flatten().float()
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Sequence[Tensor],
+        head: str | None = None,
+        batch: int = BATCH,
+        done: Callable[[int], Any] = lambda count: None,
+    ) -> Tensor:
+        """What a head gives, fp32 [sentences, outputs], for the ids of each sentence, in their order.
+
+        done: called after each batch with the number of its sentences.
+        """
+        head = self.head_of(head)
+        outputs = self.model.classification_heads[head].out_proj.out_features
+        result = torch.empty(len(tokens), outputs)
+        for places, ids in batches(tokens, batch, self.task.source_dictionary.pad()):
+            result[places] = self.predict(head, ids, return_logits=True).float().cpu()
+            done(len(places))
+        return result
+
+    def _encoded(self, examples: Sequence[Example]) -> list[Tensor]:
+        return [self.encode(*_sentences(example)) for example in examples]
 
     def _heads(self) -> list[str]:
         """Those that the file holds."""
         heads = self.model.classification_heads.items()
         return [name for name, module in heads if not isinstance(module, Dropped)]
 
-    def _head(self, head: str | None) -> str:
+    def head_of(self, head: str | None) -> str:
+        """A head by name, or the first. Raises UnsupportedError for one that is not there."""
         heads = self._heads()
         head = head or (heads[0] if heads else None)
         if head not in heads:
             raise UnsupportedError(f"classify: expected one of the heads {heads}, found {head!r}")
         return head
+
+
+def ranked(chances: Tensor, labels: Sequence[str], top: int | None = None) -> list[Ranked]:
+    """Probabilities [sentences, classes] -> the `top` likeliest labels of each, all by default."""
+    values, indices = chances.sort(dim=-1, descending=True, stable=True)
+    rows = zip(values[:, :top].tolist(), indices[:, :top].tolist(), strict=True)
+    return [[(labels[i], value) for i, value in zip(where, row, strict=True)] for row, where in rows]
+
+
+def _sentences(example: Example) -> tuple[str, ...]:
+    return (example,) if isinstance(example, str) else tuple(example)
+
+
+def _examples(given: Sequence[str | list[Example]]) -> tuple[Sequence[Example], bool]:
+    """(examples, whether they came as one list). Raises UnsupportedError for a list beside a sentence."""
+    if len(given) == 1 and isinstance(given[0], list):
+        return given[0], True
+    if not all(isinstance(sentence, str) for sentence in given):
+        raise UnsupportedError(
+            "expected a sentence, the two of a pair, or one list of sentences and pairs (tuples)"
+        )
+    return [tuple(given)], False
 
 
 class QNGeneratorHub(hub_utils.GeneratorHubInterface):
@@ -173,10 +272,22 @@ class QNGeneratorHub(hub_utils.GeneratorHubInterface):
         # with everything else that fairseq configures, which takes 40 ms
         return cls(_config(text, OmegaConf.structured(FairseqConfig)), task, [model])
 
+    def checked(self, sentence: str) -> Tensor:
+        """Token ids [length] of a sentence. Raises UnsupportedError for more tokens than positions."""
+        tokens = self.encode(sentence)
+        longest = self._longest()
+        if len(tokens) > longest:
+            raise UnsupportedError(
+                f"expected up to {longest} tokens, found {len(tokens)}; shorten the sentence"
+            )
+        return tokens
+
+    def _longest(self) -> int:
+        longest = self.max_positions
+        return longest[0] if isinstance(longest, (tuple, list)) else longest
+
     def _build_batches(self, tokens: Sequence[Tensor], skip_invalid_size_inputs: bool) -> Any:
-        longest = (
-            self.max_positions[0] if isinstance(self.max_positions, (tuple, list)) else self.max_positions
-        )
+        longest = self._longest()
         found = max(map(len, tokens), default=0)
         if found > longest and not skip_invalid_size_inputs:
             raise UnsupportedError(f"expected up to {longest} tokens, found {found}; shorten the sentence")

@@ -71,6 +71,20 @@ def load_interface(
     return interface
 
 
+def checkpoint_interface(
+    path: str | Path,
+    data: str | None = None,
+    bpe: tuple[Mapping[str, Any], Mapping[str, bytes]] = ({}, {}),
+) -> Any:
+    """The same of a fairseq checkpoint, a stock one too. data: where its dictionaries are now; bpe: what
+    carry_bpe gives.
+    """
+    source, assets = bpe
+    model, _, task = load_checkpoint(path, data)
+    with unpacked(checked_text(source, assets), assets) as text, fairseq_refuses("--bpe"):
+        return model.qn_interface.of(model, task, text).eval()
+
+
 def _build(source: dict[str, Any], assets: Mapping[str, bytes], names: Sequence[str]) -> nn.Module:
     checked_text(source, assets)
     source = checked(source)

@@ -9,6 +9,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.7"],
     "tensorboard": ["tensorboardX>=2.5"],
     "hf": ["transformers>=4.40", "tokenizers>=0.19"],
+    "hub": ["huggingface_hub>=0.23"],
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests only
@@ -59,6 +60,7 @@ setup(
         "sentencepiece>=0.1.99",
         "safetensors>=0.4",
         "PyYAML>=5.4",
+        "tqdm>=4.60",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fairseq-qn = fairseq_qn.cli:main"]},

@@ -11,7 +11,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ Lines are answered --batch at a time, in their order; --batch 1 answers each lin
 tokens than the model has positions are cut, which is said in one line at the end. What cannot be answered
 (not UTF-8; too long with --no-cut, with <mask>, or to translate) is named by number on stderr, the rest is
 answered, and the exit status is 1. An empty line is answered as any other.
+"""
+
+
+EVALUATE = """Score the answers to labelled sentences, and how fast they come.
+
+TSV: UTF-8 lines of label<TAB>sentence or label<TAB>sentence<TAB>second sentence. A first line of names
+(label or score; sentence; sentence2) is a header, and may put the columns in another order. Classes:
+accuracy and macro F1 in percent. A head of one output: Pearson's and Spearman's correlation. --against:
+agreement, the percent of sentences with the same answer (numbers: Pearson's correlation of both answers).
+Time: median milliseconds a sentence, from text to answer. A checkpoint takes its BPE from --bpe, or from the
+file that it is compared with.
 """
 
 
@@ -80,6 +91,23 @@ def _add_answering(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--data-dir", metavar="DIR", help="dictionaries of a checkpoint; default: its own")
     _add_bpe(sub)
+
+
+def _add_hub(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    sub = command("card", "A model card for the Hub: sizes, scores, recipe, how to load.")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the card, README.md")
+    sub.add_argument("--licence", "--license", metavar="L", help="of the weights, e.g. apache-2.0; required")
+    sub.add_argument("--scores", type=Path, metavar="JSON", help="what evaluate --json printed")
+    sub.add_argument("--name", help="of the model; default: the file's")
+    sub = command("push", "A folder with a small file and its README.md -> a repository of the Hub.")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("repository", help="OWNER/NAME; made if it is not there")
+    sub.add_argument("--private", action="store_true", help="make it a private one")
+    sub = command("pull", "A repository of the Hub -> a folder, its small files checked.")
+    sub.add_argument("repository", help="OWNER/NAME")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--revision", help="branch, tag or commit")
 
 
 class _Intermixed(argparse.ArgumentParser):
@@ -138,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, when all is done")
     sub.add_argument("--top", type=_count, default=3, help="answers a sentence")
     sub.add_argument("--beam", type=_count, default=5, help="hypotheses of a translation or continuation")
+    sub = command("evaluate", EVALUATE)
+    _add_answering(sub)
+    sub.add_argument("--data", type=Path, required=True, metavar="TSV", help="labelled sentences")
+    sub.add_argument("--against", type=Path, metavar="FILE", help="another file or checkpoint (.pt)")
+    _add_hub(command)
     sub = command(
         "import-hf", "A Hugging Face BERT or RoBERTa folder -> a fairseq checkpoint and dictionary."
     )

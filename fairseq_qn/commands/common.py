@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,3 +48,24 @@ def bpe_options(pairs: Sequence[str]) -> dict[str, Any]:
             raise UnsupportedError(f"--bpe-option: expected KEY=VALUE, found {pair!r}")
         options[key] = {"true": True, "false": False}.get(value.lower(), value)
     return options
+
+
+def hub_client() -> Any:
+    """huggingface_hub's client. Raises UnsupportedError."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UnsupportedError("this command needs huggingface_hub; install fairseq-qn[hub]") from None
+    return HfApi()
+
+
+@contextmanager
+def hub_says(repository: str) -> Iterator[None]:
+    """What the library raises of a repository, or of the way to it, in one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # its own kinds and those of the library that it sends with
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedError(f"{repository}: {type(error).__name__}: {first}") from error

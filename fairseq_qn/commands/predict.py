@@ -137,7 +137,7 @@ class Answering:
         if self.cut:
             longest = self.interface.model.max_positions()
             complain(f"{self.cut:,} of {self.count:,} sentences cut to {longest:,} tokens")
-        if not self.args.sentence and self.count:
+        if (self.args.input or self.args.output) and self.count:  # a filter is silent
             complain(f"{self.count:,} sentences in {seconds:.1f} s, {self.count / seconds:,.0f} a second")
 
 

@@ -51,7 +51,7 @@ def read_tsv(path: str | Path) -> list[Row]:
         row = dict(zip(order, cells))
         rows.append(Row(number, row["label"], tuple(row[c] for c in ("sentence", "sentence2")[: wide - 1])))
     if bad:
-        raise DataError(f"{path}: {_lines(bad)}: {why}")
+        raise DataError(f"{path}: {lines_of(bad)}: {why}")
     if not rows:
         raise DataError(f"{path}: expected lines of {COLUMNS}, found none")
     return rows
@@ -61,7 +61,7 @@ def values(rows: Sequence[Row], path: str | Path) -> list[float]:
     """The labels as numbers, for regression. Raises DataError, which names the lines that have none."""
     found = [_number(row.label) for row in rows]
     if bad := [i for i, value in enumerate(found) if not math.isfinite(value)]:
-        lines = _lines([rows[i].line for i in bad])
+        lines = lines_of([rows[i].line for i in bad])
         raise DataError(f"{path}: {lines}: expected a number as label, found {rows[bad[0]].label!r}")
     return found
 
@@ -90,7 +90,7 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _lines(numbers: list[int]) -> str:
+def lines_of(numbers: list[int]) -> str:
     """`line 3`, `lines 3, 7 and 9`, `lines 3, 7, 9 and 41 more`."""
     if len(numbers) == 1:
         return f"line {numbers[0]}"

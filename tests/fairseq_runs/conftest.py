@@ -20,6 +20,7 @@ from fairseq_cli import preprocess
 from fairseq_run import CLASSES, MLM, Run, recipe, sentences, train, write_recipe
 
 import fairseq_qn  # noqa: F401
+from fairseq_qn.cli import main
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,12 @@ def classifier(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "--quant-stage-updates": "20,24,28",
     }
     return train(folder, data.classes, CLASSES, options, {"--max-update": 40, "--lr": 5e-3})
+
+
+@pytest.fixture(scope="session")
+def small(data: Data, classifier: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classifier's small file, with its sentencepiece model."""
+    path = tmp_path_factory.mktemp("small") / "classifier.qn.safetensors"
+    words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces)]
+    assert main(["compress", str(classifier.folder / "checkpoint_last.pt"), "-o", str(path), *words]) == 0
+    return path

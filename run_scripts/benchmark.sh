@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures fairseq_qn beside its peers: run_scripts/benchmark.sh [kmeans|compress|train|infer|file ...]; all
-# parts by default.
+# Measures fairseq_qn beside its peers: run_scripts/benchmark.sh [kmeans|compress|train|infer|file|predict
+# ...]; by default all but predict, which needs the quickstart's file.
 # Each part prints a table and writes OUT/PART.md and OUT/PART.json, OUT=benchmark-results unless set.
 # Ratios, not seconds, are what can be compared: ours and each peer run in turn, in both orders, REPEATS (5)
 # times each.
@@ -12,7 +12,7 @@ threads=${THREADS:-$(getconf _NPROCESSORS_ONLN)}
 [ $# -gt 0 ] || set -- kmeans compress train infer file
 for part in "$@"; do
     if [ ! -f "run_scripts/benchmark/part_$part.py" ]; then
-        echo "benchmark: no part '$part'; parts: kmeans compress train infer file" >&2
+        echo "benchmark: no part '$part'; parts: kmeans compress train infer file predict" >&2
         exit 2
     fi
 done

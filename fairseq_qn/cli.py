@@ -176,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path)
     sub.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint, e.g. DIR/model.pt")
+    sub = command("export-hf", "A qn_roberta, from a small file or a checkpoint -> a Hugging Face folder.")
+    sub.add_argument("file", type=Path, help="a small file, or a checkpoint (.pt)")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the folder")
+    sub.add_argument("--config", type=Path, metavar="FOLDER", help="the imported one: its tokeniser files")
+    sub.add_argument("--data", help="folder with the dictionaries of a checkpoint; default: its own")
     sub = command(
         "export-fairseq", "A checkpoint of a qn_ model -> one that stock fairseq loads without the plugin."
     )

@@ -78,8 +78,8 @@ def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
     beside it.
 
     Post-norm BERT is fairseq's RoBERTa with token type 0 folded into the positions. Embedding rows are
-    permuted to fairseq's dictionary; the padding row, which no output depends on, becomes zero as fairseq
-    has it.
+    permuted to fairseq's dictionary. The padding row stays where a tied masked-LM head reads it;
+    else no output depends on it, and it becomes zero as fairseq has it.
 
     Raises: FormatError (a file is missing or damaged), UnsupportedError (another kind of model, or `output`
         is one of the folder's files), MismatchError (a tensor is missing, unknown, or of another shape than
@@ -199,7 +199,6 @@ def _convert(
     state = {entry.target: take(entry.source, entry.shape) for entry in body}
     state[keys.ENC + "version"] = torch.tensor([3.0])
     state[keys.ENC + "embed_tokens.weight"] = words = _permute(take(keys.WORDS, "vd"), vocabulary)
-    words[PADDING_IDX] = 0
     # a padding position of RoBERTa shifts real ones to pad + 1; BERT counts from 0. fairseq: from
     # padding_idx + 1
     first = vocabulary.pad + 1 if config["model_type"] == "roberta" else 0
@@ -230,6 +229,7 @@ def _lm_head(
     kind, d = config["model_type"], config["hidden_size"]
     state[keys.LM + "weight"] = words  # the same tensor: torch.save stores it once
     if keys.LM_BIAS[kind] not in left:
+        words[PADDING_IDX] = 0
         state.update({keys.LM + "dense.weight": torch.eye(d), keys.LM + "dense.bias": torch.zeros(d)})
         state.update(
             {keys.LM + "layer_norm.weight": torch.ones(d), keys.LM + "layer_norm.bias": torch.zeros(d)}
@@ -244,9 +244,9 @@ def _lm_head(
     if keys.LM_WEIGHT[kind] not in left:
         return "mapped", False
     projection = _permute(take(keys.LM_WEIGHT[kind], "vd"), vocabulary)
-    projection[PADDING_IDX] = 0
     if torch.equal(projection, words):
         return "mapped", False
+    words[PADDING_IDX] = 0
     state[keys.LM + "weight"] = projection
     return "mapped", True
 

@@ -166,7 +166,7 @@ def _table(
     names = (*FIRST, *vocabulary.symbols, MASK)
     if missing := [symbol for symbol in names if symbol not in symbols]:
         raise MismatchError(
-            f"export-hf: expected the vocabulary of the model, found {missing[0]!r} in it, which the model's "
+            f"export-hf: expected the model's vocabulary, found {missing[0]!r} in it, which the model's "
             "dictionary has not; give the folder that was imported"
         )
     order, rows = torch.tensor([symbols[symbol] for symbol in names]), torch.tensor(vocabulary.rows)

@@ -39,6 +39,19 @@ file that it is compared with.
 """
 
 
+DATA = """Labelled sentences, pairs or numbers -> what fairseq's sentence_prediction reads.
+
+Numbers are regressed where one of them is not written as a whole number, or with --labels numbers. The
+folder's README.md says what lies there, and with which fairseq-train command to train on it.
+"""
+TRAIN = """From a model and labelled sentences to the small file, by stock fairseq-train: fine-tuning, then
+noise and stages taught by the fine-tuned model.
+
+Prints the commands, and leaves them as train.sh in the folder of work, to be changed and run. Killed and
+called again it goes on.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     try:
@@ -149,6 +162,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_bpe(sub)
     sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
+    sub = command("data", DATA)
+    sub.add_argument("train", type=Path, help="lines of label<TAB>sentence[<TAB>second sentence]")
+    sub.add_argument("valid", type=Path, help="likewise, to validate")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
+    _labelled(sub)
+    sub = command("train", TRAIN)
+    sub.add_argument("--train", type=Path, required=True, help="label<TAB>sentence[<TAB>second sentence]")
+    sub.add_argument("--valid", type=Path, required=True, help="likewise, to validate while training")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the small file, *.qn.safetensors")
+    _labelled(sub)
+    sub.add_argument("--recipe", help="YAML recipe, or a ready one by name; default: minilm")
+    sub.add_argument("--epochs", type=_count, help="of dense fine-tuning; stages scale with it")
+    sub.add_argument("--lr", type=float, help="learning rate; default: by the width of the encoder")
+    sub.add_argument("--work", type=Path, help="folder of data, logs and checkpoints; default: FILE.work")
+    sub.add_argument("--dry-run", action="store_true", help="print what would be run, and write nothing")
     sub = command("inspect", "What is in a file, from its header.")
     sub.add_argument("file", type=Path)
     sub.add_argument("--all", action="store_true", help="list every layer")
@@ -188,6 +216,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, required=True, help="the stock checkpoint")
     sub.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
     return parser
+
+
+def _labelled(sub: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that read labelled sentences for a model."""
+    sub.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder, fairseq checkpoint or small file"
+    )
+    sub.add_argument("--test", type=Path, help="a third set; `train` then measures on it")
+    sub.add_argument("--head", default="sentence_classification_head", help="name of the head")
+    sub.add_argument("--labels", choices=("classes", "numbers"), help="default: by what they look like")
+    sub.add_argument("--bpe", help="as of compress; default: the model's own")
+    sub.add_argument("--bpe-files", nargs="+", type=Path, default=[], metavar="FILE")
+    sub.add_argument("--bpe-option", action="append", default=[], metavar="KEY=VALUE")
+    sub.add_argument("--seed", type=int, default=1)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ class DataError(QNError):
     """Labelled sentences that cannot be read, or that do not suit the model."""
 
 
+class TrainingError(QNError):
+    """A command that was run for the user, and failed."""
+
+
 class UnsupportedError(QNError):
     """A combination that fairseq_qn refuses, with the reason."""
 

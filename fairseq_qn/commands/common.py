@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,3 +70,20 @@ def hub_says(repository: str) -> Iterator[None]:
     except Exception as error:  # its own kinds and those of the library that it sends with
         first = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedError(f"{repository}: {type(error).__name__}: {first}") from error
+
+
+def user_dir() -> str:
+    """What --user-dir takes."""
+    return str(Path(__file__).resolve().parents[1])
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command as a shell takes it, an option a line."""
+    lines, line = [], ""
+    for word in map(shlex.quote, words):
+        if line and word.startswith("-") and len(line) + len(word) > 80:
+            lines.append(line)
+            line = f"    {word}"
+        else:
+            line = f"{line} {word}" if line else word
+    return " \\\n".join([*lines, line])

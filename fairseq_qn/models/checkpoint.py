@@ -43,7 +43,7 @@ def load_checkpoint(
     Raises FormatError, UnsupportedError for an architecture or a task that has no qn_ kind, MismatchError.
     """
     state = read_checkpoint(path)
-    config = _configuration(state, str(path))
+    config = configuration(state, str(path))
     own = getattr(config.task, "quant_recipe", None) or getattr(config.model, "quant_recipe", None)
     given = None if recipe is None else Recipe.load(recipe)
     strange = given is not None and (not own or given != Recipe.load(own))  # the training did not know it
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _configuration(state: Mapping[str, Any], path: str) -> DictConfig:
+def configuration(state: Mapping[str, Any], path: str) -> DictConfig:
     """The `model` and `task` of a checkpoint under our names, as fairseq hands them out: only what the
     tables let through.
     """

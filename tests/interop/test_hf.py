@@ -189,6 +189,8 @@ def randomise(model: nn.Module) -> None:
                 p.add_(torch.randn_like(p) * 0.3)
             if "position_embeddings" in name or "token_type_embeddings" in name:
                 p.copy_(torch.randn_like(p))
+            if "word_embeddings" in name:  # the padding row too, which starts as zeros, and tied heads train
+                p.add_(torch.randn_like(p) * 0.3)
 
 
 def test_only_namespace_has_to_be_allowed(tmp_path):

@@ -1,46 +1,55 @@
 """fairseq_qn: train with quantisation noise, quantise in stages, ship one small file.
 
-Importing the package registers its models, tasks and criterion with fairseq where fairseq is installed; the
-verbs work on any `nn.Module` without it.
+The public names are loaded when they are asked for, so that importing the package takes milliseconds. It
+registers its models, tasks and criterion with fairseq once fairseq is loaded, before or after it; the verbs
+work on any `nn.Module` without fairseq.
 """
 
 from __future__ import annotations
 
-import logging
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from fairseq_qn.api import (
-    Stages,
-    apply,
-    decoded_state_dict,
-    figures,
-    follow,
-    freeze,
-    inspect,
-    load,
-    predict_size,
-    refresh,
-    remove,
-    save,
-    set_update,
-)  # fmt: skip
-from fairseq_qn.recipe import Recipe
+from fairseq_qn import plugin
 from fairseq_qn.version import __version__  # noqa: F401
+
+if TYPE_CHECKING:
+    from fairseq_qn.api import (
+        Stages,
+        apply,
+        decoded_state_dict,
+        figures,
+        follow,
+        freeze,
+        inspect,
+        load,
+        predict_size,
+        refresh,
+        remove,
+        save,
+        set_update,
+    )  # fmt: skip
+    from fairseq_qn.recipe import Recipe
 
 __all__ = [
     "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
     "predict_size", "refresh", "remove", "save", "set_update",
 ]  # fmt: skip
 
-if find_spec("fairseq") is not None:
-    _logger = logging.getLogger("fairseq")
-    _level = _logger.level
-    _logger.setLevel(logging.WARNING)  # fairseq's import talks about optional extras of other tasks
-    try:
-        # fairseq imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the package is
-        # imported already.
-        from fairseq_qn import criterions, hub, models, tasks  # noqa: F401
-        from fairseq_qn.tasks import checkpoint_classes
-    finally:
-        _logger.setLevel(_level)
-    checkpoint_classes.allow()
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        value = getattr(import_module(f"{__name__}.{'recipe' if name == 'Recipe' else 'api'}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:  # fairseq_qn.hub
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+plugin.attach()

@@ -1,3 +1,5 @@
 """fairseq's models whose weights are views."""
 
+import fairseq  # noqa: F401  (before any of ours: it makes plugin.py import them all)
+
 from fairseq_qn.models import roberta, transformer  # noqa: F401

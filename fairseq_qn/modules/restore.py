@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from fairseq_qn.schemes.base import Entry, Stored
 
 Builder = Callable[[dict[str, Any], Mapping[str, bytes], Sequence[str]], nn.Module]
 _BUILDERS: dict[str, Builder] = {}
+# library -> the module over it that registers a builder; imported when a file asks for it
+_REGISTER = {"fairseq": "fairseq_qn.models.pretrained"}
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def _build(file: File) -> nn.Module:
             f"{file.path}: the file does not say how to build its model; pass a fresh dense one: load(path, "
             "model=...)"
         )
+    if isinstance(kind, str) and kind in _REGISTER and find_spec(kind) is not None:
+        import_module(_REGISTER[kind])
     if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
             f"{file.path}: source.builder: expected one of {sorted(_BUILDERS)}, found {short(kind)}; is "

@@ -207,9 +207,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return {**content, "size": SizeReport.of(path, content).to_dict()}
 
 
-def figures(model: nn.Module) -> dict[str, float]:
+def figures(model: nn.Module, **saved: Any) -> dict[str, float]:
     """For logs: share of the recipe's weights that is frozen, predicted MB (10^6 bytes), mean distortion by
-    frozen stage.
+    frozen stage. saved: drop, assets, ... as `save` will be given them.
     """
     views = list(views_of(model))
     frozen = [view for view in views if view.phase == FROZEN]
@@ -217,7 +217,7 @@ def figures(model: nn.Module) -> dict[str, float]:
     result = {"frozen_share": sum(v.weight.numel() for v in frozen) / max(1, total)}
     # a model that no small file can hold trains all the same; `save` says why
     with suppress(UnsupportedError):
-        result["predicted_mb"] = predict_size(model) / 1e6
+        result["predicted_mb"] = predict_size(model, **saved) / 1e6
     for stage in dict.fromkeys(view.rule.stage for view in frozen):
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)

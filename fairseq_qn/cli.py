@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("checkpoint", type=Path, help="fairseq checkpoint (.pt), of a stock or a qn_ model")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the small file, *.qn.safetensors")
-    sub.add_argument("--recipe", help="YAML recipe; default: the one in the checkpoint")
+    sub.add_argument("--recipe", help="YAML file, or a name that `recipes` lists; default: the checkpoint's")
     sub.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
     sub.add_argument(
         "--parts",
@@ -158,10 +158,16 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of codebooks and the dense rest",
     )
     sub.add_argument(
-        "--drop", action="append", default=[], metavar="MODULE", help="leave out, e.g. encoder.lm_head"
+        "--drop",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="leave out; default: what a classifier never asks",
     )
+    sub.add_argument("--keep-head", action="store_true", help="keep a classifier's LM head (fill_mask)")
     _add_bpe(sub)
     sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
+    sub.add_argument("--seed", type=int, help="of k-means; default: the training's")
     sub = command("data", DATA)
     sub.add_argument("train", type=Path, help="lines of label<TAB>sentence[<TAB>second sentence]")
     sub.add_argument("valid", type=Path, help="likewise, to validate")
@@ -215,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, help="fairseq checkpoint (.pt) of a qn_ model")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the stock checkpoint")
     sub.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
+    command("recipes", "The ready recipes by name, and what each is for.")
+    command("user-dir", "The folder that fairseq's --user-dir takes, wherever the package is installed.")
     return parser
 
 

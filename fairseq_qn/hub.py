@@ -5,7 +5,7 @@ checkpoints.
 from __future__ import annotations
 
 from fairseq_qn.models.bpe import carry_bpe
-from fairseq_qn.models.checkpoint import load_checkpoint
+from fairseq_qn.models.checkpoint import load_checkpoint, text_of
 from fairseq_qn.models.interfaces import QNGeneratorHub, QNRobertaHub, ranked
 from fairseq_qn.models.options import BPE_FILES
 from fairseq_qn.models.pretrained import (
@@ -37,4 +37,5 @@ __all__ = [
     "load_checkpoint",
     "load_interface",
     "ranked",
+    "text_of",
 ]

@@ -16,10 +16,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from fairseq_qn import uncaught
+
 
 def attach() -> None:
     """Register now, or when fairseq is imported; never twice."""
-    if "fairseq" in sys.modules:
+    if sys.modules.get("fairseq") is not None:
         _register()
     elif not any(isinstance(finder, _Fairseq) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Fairseq())
@@ -54,6 +56,7 @@ def _register() -> None:
         from fairseq_qn import criterions, models, tasks  # noqa: F401
         from fairseq_qn.tasks import checkpoint_classes
     checkpoint_classes.allow()
+    uncaught.attach()
 
 
 @contextmanager

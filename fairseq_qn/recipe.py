@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fairseq_qn.config_dir import recipe_file
 from fairseq_qn.errors import RecipeError
 from fairseq_qn.fairseq_yaml import from_fairseq_yaml
 from fairseq_qn.lines import mapping, one_of, only, pattern, sequence
@@ -95,8 +96,8 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
-        """Read a recipe from a YAML file, a mapping, or YAML/JSON text with more than a path's one line or a
-        brace.
+        """Read a recipe from a YAML file, the name of a ready one (`roberta`), a mapping, or YAML/JSON text
+        with more than a path's one line or a brace.
 
         fairseq's own quantisation YAML (n_centroids, block_sizes, layers_to_quantize) is understood as well.
         Raises RecipeError.
@@ -178,7 +179,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, str]:
     if "\n" not in text and not text.lstrip().startswith("{"):
         where = f"recipe {text}"
         try:
-            text = Path(text).expanduser().read_text(encoding="utf-8")
+            text = recipe_file(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{where}: cannot be read: {error}") from None
     try:

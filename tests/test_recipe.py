@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fairseq_qn
+from fairseq_qn.config_dir import config_dir
 from fairseq_qn.errors import NoLayerMatched, RecipeError
 from fairseq_qn.recipe import Noise, Recipe, Rule, Stage, short_recipe
 from fairseq_qn.schemes.integer import GRANULARITIES, Integer
@@ -260,6 +261,17 @@ def test_text_that_is_no_recipe(text: str) -> None:
     with pytest.raises(RecipeError, match="^recipe: ") as error:
         Recipe.load(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_ready_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Recipe.load("roberta") == Recipe.load(config_dir() / "recipes" / "roberta.yaml")
+    with pytest.raises(
+        RecipeError, match="^recipe robrta: .*no such file.*; those are int4, int8, .*roberta"
+    ):
+        Recipe.load("robrta")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "roberta").write_text((config_dir() / "recipes" / "int8.yaml").read_text())
+    assert Recipe.load("roberta") == Recipe.load("int8")  # a file goes before a name
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -204,8 +204,10 @@ def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:
     prefix = file.read(8)
     length, limit = int.from_bytes(prefix, "little"), min(MAX_HEADER_BYTES, size - 8)
     if len(prefix) < 8 or length > limit:
-        pickled = prefix.startswith((b"PK\x03\x04", b"\x80"))
-        found = "a pickle or zip, as torch.save writes" if pickled else f"{length} in a file of {size} bytes"
+        if prefix.startswith((b"PK\x03\x04", b"\x80")):
+            todo = f"make one of it: fairseq-qn compress {os.path.basename(path)} -o FILE.qn.safetensors"
+            raise bad(path, "kind", "a small file", "a pickle or zip, as torch.save writes", todo)
+        found = f"{length} in a file of {size} bytes"
         raise bad(path, "header length", f"at most {max(limit, 0)} bytes", found)
     raw = prefix + file.read(length)
     digests = _DIGEST.findall(raw)

@@ -10,8 +10,9 @@ from typing import Any
 
 from fairseq_qn import api
 from fairseq_qn.artifact.replacing import refuse_same
-from fairseq_qn.commands.common import carried, hub
+from fairseq_qn.commands.common import carried, complain, hub
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules.view import views_of
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,8 +21,18 @@ def run(args: argparse.Namespace) -> None:
     refuse_same(args.output, args.checkpoint, args.recipe, *args.bpe_files)
     model, config, task = ours.load_checkpoint(args.checkpoint, args.data, args.recipe)
     if api.recipe_of(model) is None:
-        raise UnsupportedError(f"{args.checkpoint}: carries no recipe; give one with --recipe")
+        raise UnsupportedError(
+            f"{args.checkpoint}: carries no recipe, none was trained with; give one, e.g. --recipe roberta"
+        )
     source, assets = carried(args)
+    if not source:
+        source, assets = ours.text_of(args.checkpoint)
+    drop = args.drop or ([] if args.keep_head else getattr(model, "qn_unused", list)())
+    saved = {"parts": args.parts, "drop": drop, "assets": assets, "source": source}
+    api.predict_size(model, **saved)  # refuses, before k-means, what `save` would refuse after
+    if args.seed is not None:
+        for view in views_of(model):
+            view.clock.seed = args.seed
     reports = api.freeze(model, iterations=args.iterations, progress=None if args.json else _progress)
     unreached = [
         stage for stage in getattr(task, "boundaries", {}) if any(r.stage == stage for r in reports)
@@ -34,7 +45,11 @@ def run(args: argparse.Namespace) -> None:
             "here, with no training after; take a later checkpoint, or train on",
             file=sys.stderr,
         )
-    size = api.save(model, args.output, parts=args.parts, drop=args.drop, assets=assets, source=source)
+    size = api.save(model, args.output, **saved)
+    if not source:
+        complain(
+            f"{args.output}: no BPE inside, so it will not answer text; add --bpe NAME --bpe-files FILE"
+        )
     if args.json:
         layers = [vars(report) for report in reports]
         report = {
@@ -42,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
             "size": size.to_dict(),
             "frozen_here": layers,
             "unreached": unreached,
+            "dropped": drop,
         }
         print(json.dumps(report))
         return
@@ -52,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
             f"froze {len(reports)} layers in {seconds:.1f} s; largest relative error {worst.error:.4f} "
             f"({worst.name})"
         )
+    if drop and not args.drop:
+        print(f"left out: {', '.join(drop)}, which no classification asks (--keep-head keeps it)")
     print(f"{args.output}: {size}")
 
 

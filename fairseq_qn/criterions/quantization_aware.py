@@ -3,6 +3,7 @@ quantisation logged.
 """
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -23,6 +24,8 @@ from fairseq_qn.criterions.options import options_of, with_wrapped_options
 from fairseq_qn.errors import MismatchError, UnsupportedError
 from fairseq_qn.models.config import config_of
 from fairseq_qn.models.pretrained import load_any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,6 +94,11 @@ class QuantizationAwareCriterion(FairseqCriterion):
                 "quantization_aware: expected 0 <= distill_weight <= 1 and distill_temperature > 0, "
                 f"found {self.weight} and {self.temperature}"
             )
+        default = QuantizationAwareConfig()
+        own = (cfg.distill_weight, cfg.distill_temperature)
+        if not cfg.teacher_checkpoint and own != (default.distill_weight, default.distill_temperature):
+            logger.warning("--distill-weight, --distill-temperature: no teacher, so they do nothing; add "
+                           "--teacher-checkpoint FILE")  # fmt: skip
         # In a list: a registered module would be saved with the criterion and handed to the optimizer.
         self._teacher = [load_teacher(cfg.teacher_checkpoint, task)] if cfg.teacher_checkpoint else []
 
@@ -115,16 +123,16 @@ class QuantizationAwareCriterion(FairseqCriterion):
         """(loss, sample size, logging output), as fairseq asks."""
         teacher = self._teacher[0] if self._teacher and model.training else None
         recorder = _Recorder(model, teacher)
-        loss, sample_size, logging = self.wrapped(recorder, sample, reduce)
+        loss, sample_size, logged = self.wrapped(recorder, sample, reduce)
         if teacher is not None:
             distilled = self._distil(recorder.answers, sample)
-            logging["qn_distill_loss"] = distilled.detach()
+            logged["qn_distill_loss"] = distilled.detach()
             loss = (1 - self.weight) * loss + self.weight * distilled
-            logging["loss"] = loss.detach()
+            logged["loss"] = loss.detach()
         figures = getattr(self.task, "quant_figures", dict)()
-        logging |= {f"qn_{name}": value for name, value in figures.items()}
-        logging["qn_n"] = 1
-        return loss, sample_size, logging
+        logged |= {f"qn_{name}": value for name, value in figures.items()}
+        logged["qn_n"] = 1
+        return loss, sample_size, logged
 
     def _distil(self, answers: Sequence[tuple[Tensor, Tensor]], sample: dict[str, Any]) -> Tensor:
         if not answers:

@@ -7,6 +7,7 @@ tensors.
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,8 +70,30 @@ class ImportReport:
             f"tensors without a place: {', '.join(self.unused) or 'none'}",
             f"vocabulary entries dropped: {len(self.dropped)}",
             f"fairseq-train options: {' '.join(self.train_options)}",
+            "to fine-tune it on DATA of N classes; fairseq-qn compress then finds the BPE by itself:",
+            f"  {self.command}",
         ]
         return "\n".join(lines)
+
+    @property
+    def command(self) -> str:
+        """A fairseq-train command that fine-tunes it to classify; DATA and N are the user's."""
+        width = int(self.train_options[self.train_options.index("--encoder-embed-dim") + 1])
+        lr = (
+            "2e-5" if width >= 768 else "5e-5"
+        )  # of BERT's paper (Devlin et al. 2019); narrow models bear more
+        words = (
+            'DATA --user-dir "$(fairseq-qn user-dir)" --task qn_sentence_prediction --arch qn_roberta',
+            *self.train_options,
+            f"--layer-norm-eps {self.layer_norm_eps:g}",
+            f"--finetune-from-model {shlex.quote(str(self.checkpoint))}",
+            "--num-classes N --init-token 0 --separator-token 2",
+            "--criterion quantization_aware --wrapped-criterion sentence_prediction --batch-size 32",
+            f"--optimizer adam --lr {lr} --lr-scheduler polynomial_decay --total-num-update 10000",
+            "--warmup-updates 600 --max-update 10000 --max-epoch 5",
+            "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric",
+        )
+        return f"fairseq-train {' '.join(words)}"
 
 
 def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
@@ -93,8 +116,9 @@ def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
     tensors = _read_tensors(folder)
     check_rows(vocabulary, config, folder)
     state, args, lm_head, unused = _convert(tensors, config, vocabulary, folder)
-    files = _write(output, state, args, vocabulary)
     tokenizer = folder / "tokenizer_config.json"
+    lower_case = read_json(tokenizer).get("do_lower_case") if tokenizer.is_file() else None
+    files = _write(output, state, args, vocabulary, cased=lower_case is False)
     return ImportReport(
         model_type=config["model_type"],
         checkpoint=output,
@@ -107,7 +131,7 @@ def import_hf(folder: str | Path, output: str | Path) -> ImportReport:
         lm_head=lm_head,
         unused=tuple(unused),
         dropped=tuple(vocabulary.dropped),
-        lower_case=read_json(tokenizer).get("do_lower_case") if tokenizer.is_file() else None,
+        lower_case=lower_case,
         train_options=_train_options(args),
     )
 
@@ -288,7 +312,9 @@ def _train_options(args: Namespace) -> tuple[str, ...]:
     return (*options, *(["--untie-weights-roberta"] if args.untie_weights_roberta else []))
 
 
-def _write(output: Path, state: Tensors, args: Namespace, vocabulary: Vocabulary) -> tuple[Path, ...]:
+def _write(
+    output: Path, state: Tensors, args: Namespace, vocabulary: Vocabulary, cased: bool
+) -> tuple[Path, ...]:
     folder = output.resolve().parent
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"dict.txt": vocabulary.dict_text(), **vocabulary.files}
@@ -297,14 +323,24 @@ def _write(output: Path, state: Tensors, args: Namespace, vocabulary: Vocabulary
             file.write(text.encode())
     if "encoder.json" in texts:
         # without these fairseq would take its own GPT-2 files, whose ids are others than this dictionary's
-        args.bpe = "gpt2"
-        args.gpt2_encoder_json, args.gpt2_vocab_bpe = str(folder / "encoder.json"), str(folder / "vocab.bpe")
+        args.bpe, options = "gpt2", {}
+        named = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
+    else:
+        args.bpe, options, named = (
+            "qn_wordpiece",
+            {"wordpiece_cased": cased},
+            {"wordpiece_vocab": "vocab.txt"},
+        )
+    vars(args).update(options, **{option: str(folder / name) for option, name in named.items()})
+    inside = {option: f"asset:{name}" for option, name in named.items()}
     history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
     checkpoint = {
         "args": args,
         "model": state,
         "optimizer_history": [history],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        # so that `compress` finds the BPE wherever the checkpoint is moved to
+        "qn_text": {"bpe": {"_name": args.bpe, **options, **inside}, "files": dict(vocabulary.files)},
     }
     with replacing(output) as file:
         torch.save(checkpoint, file)

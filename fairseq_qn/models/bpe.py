@@ -57,6 +57,27 @@ def carry_bpe(
     return {"bpe": config}, assets
 
 
+def carried_text(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(source, assets) for `save` of the BPE that an imported checkpoint carries; ({}, {}) of any other.
+
+    Raises FormatError for any that `save` could not have written.
+    """
+    text = state.get("qn_text")
+    if text is None:
+        return {}, {}
+    files = text.get("files") if isinstance(text, Mapping) else None
+    if not isinstance(files, Mapping) or any(
+        type(part) is not str for item in files.items() for part in item
+    ):
+        raise FormatError(f"{where}: qn_text: expected a BPE and the text of its files, found {short(text)}")
+    found = checked_text(text, files)["bpe"]
+    if found is None:
+        return {}, {}
+    names = {option: found[option] for option in BPE_FILES[found["_name"]]}
+    config = {**found, **{option: manifest.ASSET + name for option, name in names.items()}}
+    return {"bpe": config}, {name: files[name].encode() for name in names.values()}
+
+
 def checked_text(source: Mapping[str, Any], assets: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
     """{"bpe": options or None, "tokenizer": options or None} of a file's source; a file's option becomes the
     name of its asset.

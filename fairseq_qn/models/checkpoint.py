@@ -21,6 +21,7 @@ from fairseq_qn import api
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
 from fairseq_qn.models import options
+from fairseq_qn.models.bpe import carried_text
 from fairseq_qn.models.describe import fairseq_refuses, model_of, ours
 from fairseq_qn.models.options import CHECKPOINT_MODEL, CHECKPOINT_TASK, FALLBACKS, MODELS, TASKS
 from fairseq_qn.models.undrawn import Undrawn, place
@@ -49,6 +50,8 @@ def load_checkpoint(
     strange = given is not None and (not own or given != Recipe.load(own))  # the training did not know it
     if data is not None:
         config.task.data = str(data)
+    elif _has_none(config.task.data) and not _has_none(Path(path).parent):  # import-hf puts it there
+        config.task.data = str(Path(path).parent)
     if heads:
         config.model.load_checkpoint_heads = True
     if given is not None:
@@ -65,12 +68,33 @@ def load_checkpoint(
     return model.eval(), config, task
 
 
+def text_of(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(source, assets) for `save` of the BPE that a checkpoint of `import-hf` carries, or the one that this
+    was fine-tuned from, if that is still where it was; ({}, {}) where there is none. Raises FormatError.
+    """
+    state = read_checkpoint(path)
+    config = state.get("cfg")
+    training = _mapping(config.get("checkpoint")) if isinstance(config, Mapping) else None
+    first = (training or {}).get("finetune_from_model")
+    if "qn_text" not in state and type(first) is str and Path(first).is_file():
+        path, state = first, read_checkpoint(first)
+    return carried_text(state, str(path))
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What torch.save wrote, mapped, without unpickling anything but plain data and tensors. Raises
     FormatError.
     """
+    if Path(path).is_dir():
+        todo = "name its .pt file" + (
+            " or fairseq-qn import-hf it" if (Path(path) / "config.json").is_file() else ""
+        )
+        raise FormatError(f"{path}: expected a checkpoint, found a folder; {todo}")
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such checkpoint")
+    if str(path).endswith(".safetensors"):
+        todo = "a small file is compressed already; a Hugging Face folder goes through fairseq-qn import-hf"
+        raise FormatError(f"{path}: expected a fairseq checkpoint (.pt), found safetensors; {todo}")
     if not hasattr(torch.serialization, "add_safe_globals"):
         raise UnsupportedError(
             f"{path}: expected torch 2.4 or later, which reads it safely, found {torch.__version__}"
@@ -135,6 +159,11 @@ def configuration(state: Mapping[str, Any], path: str) -> DictConfig:
             made[key] = ",".join(map(str, made[key]))  # text to its dataclass
     configs = {"model": made, "task": task, "common": {"seed": task["seed"]}}
     return OmegaConf.create(configs, flags={"allow_objects": True})
+
+
+def _has_none(folder: str | Path) -> bool:
+    """Whether there is no dictionary in a folder."""
+    return not (Path(folder) / "dict.txt").is_file()
 
 
 def _ours(values: Mapping[str, Any], path: str) -> tuple[str, str]:

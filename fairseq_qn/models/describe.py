@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from fairseq_qn.models.option_types import NAME
 from fairseq_qn.models.options import DICTIONARIES, MODELS, TASKS, Refusal
 from fairseq_qn.models.undrawn import Undrawn
 
+FILLER = re.compile(r"madeupword\d{4,}")  # fairseq pads a dictionary to a multiple of 8
 _INDICES = ("bos_index", "pad_index", "eos_index", "unk_index")
 # numbers of a table of sinusoidal positions; fairseq computes more when a sentence needs them
 _MAX_COMPUTED = 1 << 22
@@ -132,6 +134,12 @@ def read_dictionary(data: bytes) -> Dictionary:
     for name, number in numbers.items():
         setattr(dictionary, name, number)
     return dictionary
+
+
+def label_names(dictionary: Dictionary) -> list[str]:
+    """The labels of a label dictionary, to which fairseq adds <mask>, and fillers up to a multiple of 8."""
+    symbols = dictionary.symbols[dictionary.nspecial :]
+    return [s for s in symbols if s != "<mask>" and not FILLER.fullmatch(s)]
 
 
 def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.models.batches import BATCH, batches, shortened
+from fairseq_qn.models.describe import FILLER, label_names
 from fairseq_qn.modules.dropped import Dropped
 
 Example = str | tuple[str, ...]  # a sentence, or a pair
 Ranked = list[tuple[str, float]]  # [(label, probability)], the likeliest first
 Filled = list[tuple[str, float, str]]  # [(sentence, probability, token)], likewise
-
-_FILLER = re.compile(r"madeupword\d{4,}")  # fairseq pads a dictionary to a multiple of 8
 
 
 class QNRobertaHub(RobertaHubInterface):
@@ -122,7 +120,7 @@ class QNRobertaHub(RobertaHubInterface):
         return [
             index
             for index, symbol in enumerate(words.symbols)
-            if index < words.nspecial or symbol == "<mask>" or _FILLER.fullmatch(symbol)
+            if index < words.nspecial or symbol == "<mask>" or FILLER.fullmatch(symbol)
         ]
 
     def _need_bpe(self, verb: str) -> None:
@@ -161,9 +159,8 @@ class QNRobertaHub(RobertaHubInterface):
             or (head != trained and len(self.model.classification_heads) > 1)
         ):
             names = []
-        else:  # fairseq's task adds <mask>
-            symbols = dictionary.symbols[dictionary.nspecial :]
-            names = [s for s in symbols if s != "<mask>" and not _FILLER.fullmatch(s)]
+        else:
+            names = label_names(dictionary)
         return names if len(names) == count else [str(i) for i in range(count)]
 
     def classify(

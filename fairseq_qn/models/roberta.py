@@ -45,6 +45,11 @@ class QNRobertaModel(QuantisedModel, roberta.RobertaModel):
             if isinstance(module, nn.LayerNorm):
                 module.eps = float(eps)
 
+    def qn_unused(self) -> list[str]:
+        """The LM head, where a head was trained to classify: nothing asks it any more."""
+        task = self.__dict__["_qn_source"][0]["task"]["_name"]
+        return ["encoder.lm_head"] if task == "qn_sentence_prediction" else []
+
     def register_classification_head(
         self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
     ) -> None:

@@ -26,6 +26,12 @@ class QNMaskedLMTask(QuantisedTask, MaskedLMTask):
 class QNSentencePredictionConfig(QuantisedTaskConfig, SentencePredictionConfig):
     """Options of sentence_prediction and of the iterative quantisation."""
 
+    # the criterion's, as fairseq has it, but fairseq-validate takes the criterion from the checkpoint
+    regression_target: bool = "${oc.select:criterion.regression_target,false}"
+    classification_head_name: str = (
+        "${oc.select:criterion.classification_head_name,sentence_classification_head}"
+    )
+
 
 @register_task("qn_sentence_prediction", dataclass=QNSentencePredictionConfig)
 class QNSentencePredictionTask(QuantisedTask, SentencePredictionTask):

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
+from fairseq_qn.models.checkpoint import text_of
 from fairseq_qn.models.config import config_of, elsewhere, remember
 from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.stages import Boundaries, due, explain, freeze_due, refresh_epoch
 from fairseq_qn.modules.view import WeightView
 from fairseq_qn.recipe import Recipe
-from fairseq_qn.tasks import stages
+from fairseq_qn.tasks import forgotten, stages
 from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class QuantisedTask:
     _refreshed: int = 0  # the last epoch at whose beginning the codes of exact noise were learned
     # the last (update, micro-batch); an update that overflows in fp16 is tried again
     _micro: tuple[int, int] = (-1, 0)
+    _text: tuple[dict[str, Any], dict[str, bytes]] | None = None  # the BPE that `compress` will carry along
     _said: bool = False  # that the optimizer keeps no moments of Adam
 
     @classmethod
@@ -87,6 +89,8 @@ class QuantisedTask:
         """Build the model with its heads, then check that every line of the recipe took a layer."""
         if not from_checkpoint:
             _refuse_undone(cfg, self._config)
+            forgotten.check_labels(self, self._config)
+            forgotten.say_tokens(self._config)
         model = super().build_model(cfg, from_checkpoint)
         recipe = api.recipe_of(model)
         if recipe is None:
@@ -96,6 +100,7 @@ class QuantisedTask:
         logger.info("recipe: %s", api.apply(model, recipe, strict=strict))
         self.boundaries = stages.boundaries(recipe, self._config)
         if strict:
+            forgotten.say_stages(self.boundaries, [stage.name for stage in recipe.stages])
             stages.check_ends(self.boundaries, self._config)
         return model
 
@@ -190,7 +195,12 @@ class QuantisedTask:
                 self._said = True
 
     def _measure(self) -> None:
-        self._figures = api.figures(self._quant_model)
+        model, first = self._quant_model, elsewhere(self._config, "checkpoint.finetune_from_model")
+        if self._text is None:
+            self._text = text_of(first) if first and Path(first).is_file() else ({}, {})
+        source, assets = self._text
+        unused = getattr(model, "qn_unused", list)()
+        self._figures = api.figures(model, drop=unused, assets=assets, source=source)
 
 
 def _refuse_unsupported(cfg: Any) -> None:

@@ -113,7 +113,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     readers = (*READERS, fairseq_qn.load, fairseq_qn.inspect)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path.write_bytes(pickle.dumps(Bomb(trace), protocol))
-        assert_refused(path, "header", readers)
+        assert_refused(path, "header|a pickle or zip", readers)
     for zipped in (False, True):
         torch.save({"a": torch.ones(2), "b": Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
         assert_refused(path, "a pickle or zip, as torch.save writes", readers)

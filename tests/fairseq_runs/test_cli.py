@@ -26,7 +26,7 @@ def files(data, masked: Run, classifier: Run, tmp_path_factory) -> dict[str, Pat
     found = {}
     for name, run in (("masked", masked), ("classifier", classifier)):
         found[name] = folder / f"{name}.qn.safetensors"
-        words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces)]
+        words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces), "--keep-head"]
         assert (
             main(["compress", str(run.folder / "checkpoint_last.pt"), "-o", str(found[name]), *words]) == 0
         )
@@ -68,7 +68,8 @@ def test_compress_freezes_what_is_left(data, tmp_path: Path, said, capsys: pytes
     alarm = "the training did not reach stages emb, attn: 9 layers frozen here, with no training after"
     assert main([str(word) for word in words]) == 0
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and alarm in error
+    assert error.count("\n") == 2 and alarm in error
+    assert "x.qn.safetensors: no BPE inside, so it will not answer text; add --bpe NAME" in error
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,62 @@ def test_compress_at_once_without_alarm(
     for more in (["--recipe", write_recipe(tmp_path / "r.yaml", other)], [])[: len(noise) + 1]:
         assert main([str(word) for word in (*words, *more)]) == 0
         out, error = capsys.readouterr()
+        error = [line for line in error.splitlines() if "no BPE inside" not in line]
         missed = ["ffn", "emb", "attn"] if len(noise) == 2 and not more else []
         assert (len(json.loads(out)["frozen_here"]), json.loads(out)["unreached"], bool(error)) == (
             13,
             missed,
             bool(missed),
         )
+
+
+def test_a_classifier_leaves_its_lm_head_out(
+    classifier: Run, data, files: dict[str, Path], tmp_path: Path, said
+) -> None:
+    words = ["compress", classifier.folder / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
+    assert "left out: encoder.lm_head" in said(*words)
+    small = json.loads(said(*words, "--json"))
+    whole = json.loads(said(*words, "--json", "--keep-head"))
+    assert (small["dropped"], whole["dropped"]) == (["encoder.lm_head"], [])
+    other = json.loads(said(*words, "--json", "--drop", "encoder.lm_head.dense"))
+    assert other["dropped"] == ["encoder.lm_head.dense"]
+    assert small["size"]["total"] < other["size"]["total"] < whole["size"]["total"]
+    assert "encoder.lm_head" not in fairseq_qn.inspect(files["masked"])["dropped"]
+
+
+def test_the_size_that_training_predicts(classifier: Run, masked: Run, tmp_path: Path, said) -> None:
+    """As the file without a BPE is: its dictionaries and heads count, an LM head left out does not."""
+    for run in (classifier, masked):
+        words = [
+            "compress",
+            run.folder / "checkpoint_last.pt",
+            "-o",
+            tmp_path / "x.qn.safetensors",
+            "--json",
+        ]
+        predicted = run.logged()[-1]["qn_predicted_mb"] * 1e6
+        assert predicted == pytest.approx(json.loads(said(*words))["size"]["total"], rel=0.01)
+
+
+def test_a_wrong_drop_is_refused_before_anything_is_learned(
+    data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train(tmp_path / "run", data.lm, MLM, {"--quant-noise-pq": 0.1, "--max-update": 1})
+    monkeypatch.setattr("fairseq_qn.api.freeze", Bomb)
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "-o", tmp_path / "x.qn.safetensors"]
+    assert main([str(word) for word in (*words, "--drop", "encoder.lm_heat")]) == 1
+    assert "the model has no module 'encoder.lm_heat'" in capsys.readouterr().err
+
+
+def test_compress_by_another_seed(data, tmp_path: Path, said) -> None:
+    options = {"--quant-recipe": write_recipe(tmp_path / "r.yaml", recipe()), "--max-update": 1}
+    train(tmp_path / "run", data.lm, MLM, options)
+    words = ["compress", tmp_path / "run" / "checkpoint_last.pt", "--json", "-o"]
+    found = {}
+    for name, seed in (("own", []), ("same", ["--seed", MLM["--seed"]]), ("other", ["--seed", 8])):
+        said(*words, tmp_path / name, *seed)
+        found[name] = (tmp_path / name).read_bytes()
+    assert found["own"] == found["same"] != found["other"]
 
 
 def test_compress_a_stock_checkpoint(data, tmp_path: Path, said) -> None:

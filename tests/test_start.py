@@ -1,0 +1,92 @@
+"""What a fresh process loads, and that fairseq finds the plug-in in whatever order the two are imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "fairseq", "numpy", "omegaconf", "tqdm")
+
+
+def fresh(code: str, cwd: Path) -> str:
+    """Standard output of a program of its own."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(words: list[str], cwd: Path) -> tuple[int, list[str]]:
+    """(exit status, those of HEAVY that were loaded) of one call of fairseq-qn."""
+    code = f"""
+import json, sys
+from fairseq_qn.cli import main
+try:
+    status = main({words!r})
+except SystemExit as stop:
+    status = stop.code
+print()
+print(json.dumps([status, [name for name in {HEAVY!r} if name in sys.modules]]))
+"""
+    status, loaded = json.loads(fresh(code, cwd).splitlines()[-1])
+    return status, loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["compress", "--help"], 0),
+        (["--version"], 0),
+        (["compress"], 2),
+        (["no-such-command"], 2),
+        (["recipes"], 0),
+        (["user-dir", "--json"], 0),
+    ],
+)
+def test_what_needs_no_model_loads_none(words: list[str], status: int, tmp_path: Path) -> None:
+    assert loaded_by(words, tmp_path) == (status, [])
+
+
+def test_a_name_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
+    code = """
+import sys, fairseq_qn
+assert "torch" not in sys.modules
+assert {"apply", "Recipe", "load"} <= {*dir(fairseq_qn)}
+from fairseq_qn import Recipe
+assert fairseq_qn.load is fairseq_qn.api.load and Recipe is fairseq_qn.recipe.Recipe
+assert all(getattr(fairseq_qn, name) for name in fairseq_qn.__all__)
+assert not hasattr(fairseq_qn, "unheard_of") and "fairseq" not in sys.modules
+"""
+    fresh(code, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import fairseq_qn, fairseq",
+        "import fairseq, fairseq_qn",
+        "import fairseq_qn, importlib.util; importlib.util.find_spec('fairseq'); import fairseq.models",
+        "from fairseq_qn.hub import QNRobertaModel",
+        "from fairseq_qn.tasks.quantised import QuantisedTask",
+        "import fairseq_qn.criterions.options",
+    ],
+)
+def test_fairseq_knows_the_plugin_in_any_order(imports: str, tmp_path: Path) -> None:
+    code = f"""
+{imports}
+from argparse import Namespace
+import torch
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
+assert "qn_masked_lm" in TASK_REGISTRY and "qn_roberta" in MODEL_REGISTRY
+assert "quantization_aware" in CRITERION_REGISTRY
+assert Namespace in torch.serialization.get_safe_globals()
+import fairseq_qn.plugin
+fairseq_qn.plugin.attach()  # once more does nothing
+"""
+    fresh(code, tmp_path)

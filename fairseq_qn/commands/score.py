@@ -10,6 +10,7 @@ import torch
 
 from fairseq_qn.commands.common import hub
 from fairseq_qn.commands.data import Prepared
+from fairseq_qn.commands.scores import spearman
 from fairseq_qn.interop.tsv import read_tsv, values
 
 BATCH = 64
@@ -40,8 +41,8 @@ def score(path: Path, tsv: str | Path, data: Prepared, work: Path) -> Score:
             answers |= zip(some, logits[:, 0] if data.labels is None else logits.argmax(1), strict=True)
     got = torch.stack([answers[i] for i in range(len(rows))])
     if data.labels is None:
-        wanted = torch.tensor(values(rows, tsv), dtype=torch.float64)
-        return Score("spearman", 100 * _spearman(got.double(), wanted), len(rows))
+        wanted = values(rows, tsv)
+        return Score("spearman", 100 * (spearman(got.tolist(), wanted) or 0.0), len(rows))
     wanted = torch.tensor([data.labels.index(row.label) for row in rows])
     return Score("accuracy", 100 * float((got == wanted).double().mean()), len(rows))
 
@@ -64,15 +65,3 @@ def _tokens(interface: Any, sentences: tuple[str, ...]) -> torch.Tensor:
     tokens = interface.encode(*sentences)
     longest = interface.model.max_positions()
     return tokens if len(tokens) <= longest else torch.cat([tokens[: longest - 1], tokens[-1:]])
-
-
-def _spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return float(torch.corrcoef(ranks)[0, 1].nan_to_num())
-
-
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    """Ranks, ties at their mean."""
-    found, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]

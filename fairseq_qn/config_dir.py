@@ -33,7 +33,7 @@ def recipe_file(given: str) -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """The ready recipes by name.
 
-    >>> [*shipped_recipes()][:2]
-    ['int4', 'int8']
+    >>> "roberta" in shipped_recipes()
+    True
     """
     return {path.stem: path for path in sorted((config_dir() / "recipes").glob("*.yaml"))}

@@ -40,7 +40,7 @@ class _Fairseq(MetaPathFinder):
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                with _quiet():
+                with quiet():
                     load(module)
                 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
                 _register()
@@ -50,7 +50,7 @@ class _Fairseq(MetaPathFinder):
 
 
 def _register() -> None:
-    with _quiet():
+    with quiet():
         # fairseq itself imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the
         # package is imported already
         from fairseq_qn import criterions, models, tasks  # noqa: F401
@@ -60,7 +60,7 @@ def _register() -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """fairseq's import talks about optional extras of other tasks."""
     logger = logging.getLogger("fairseq")
     level = logger.level

@@ -26,10 +26,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_a_file(tmp_path_factory.mktemp("saved"))
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None, True, 1.5, [1]])
+@pytest.mark.parametrize("version", [0, 4, "2", None, True, 1.5, [1]])
 def test_unknown_versions(version: Any, saved: Path, tmp_path: Path) -> None:
     message = refusal(forge(saved, tmp_path / "f", lambda t, p: p.update(version=version)))
-    assert f"format version: expected 1 to 2, found {version!r}; read it with the release" in message
+    assert f"format version: expected 1 to 3, found {version!r}; read it with the release" in message
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -92,8 +92,8 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
                 f"{path}: activations of {name!r}: {problem}; the file is damaged, fetch it again"
             )
     _check_names(manifest, path)
-    if version < (needed := version_of(manifest)):
-        raise FormatError(f"{path}: format version: expected {needed} of what is in it, found {version}")
+    if version < VERSION == version_of(manifest):
+        raise FormatError(f"{path}: format version: expected {VERSION} of what is in it, found {version}")
     stored = sum(map(header.record_bytes, manifest["tensors"].values()))
     if problem := layers_excess(manifest, stored):
         raise FormatError(f"{path}: {problem}; the file is damaged, fetch it again")

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from fairseq_qn.commands.schedule import Schedule, schedule
 from fairseq_qn.commands.score import Score, score
 from fairseq_qn.config_dir import config_dir
 from fairseq_qn.errors import TrainingError, UnsupportedError
+from fairseq_qn.plugin import quiet
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import table
 
@@ -126,7 +126,6 @@ def _scores(
     made: Sequence[Step], data: Prepared, work: Path, args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """What each model weighs and answers, on the test set, or else the validation set."""
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     rows = args.test or args.valid
     dense = next((step for step in made if step.name == "dense"), None)
     paths = {
@@ -137,7 +136,8 @@ def _scores(
     fp32 = api.inspect(paths["at_once"])["size"]["dense_bytes"]
     found = {}
     for name, path in paths.items():
-        got: Score = score(path, rows, data, work)
+        with quiet():
+            got: Score = score(path, rows, data, work)
         size = fp32 if name == "dense" else os.path.getsize(path)
         found[name] = {
             "file": str(path),

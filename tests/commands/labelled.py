@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 WORDS = "the of a in and was to he is by they said where not code report march rose door go".split()
 KINDS = ("classes", "pairs", "numbers")
 RECIPE = {
@@ -60,3 +62,13 @@ def write_recipe(folder: Path) -> Path:
     """A recipe of two stages."""
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
     return folder / "recipe.yaml"
+
+
+# fairseq and Hydra are old, and warn of it hundreds of times a run
+QUIET = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Future", "Deprecation")]
+
+
+@pytest.fixture(scope="session", name="tiny")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the files that import it: a conftest.py here would take the place of the one above."""
+    return write_model(tmp_path_factory.mktemp("tiny"))

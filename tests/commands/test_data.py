@@ -10,7 +10,7 @@ import torch
 from fairseq import tasks
 from hypothesis import given
 from hypothesis import strategies as st
-from labelled import KINDS, write_sets
+from labelled import KINDS, QUIET, tiny_model, write_sets  # noqa: F401
 from omegaconf import OmegaConf
 
 import fairseq_qn  # noqa: F401
@@ -19,6 +19,8 @@ from fairseq_qn.cli import main
 from fairseq_qn.interop.tsv import read_tsv
 from fairseq_qn.models.starting import BPE, start_from
 from fairseq_qn.tasks.sentence_data import _cut
+
+pytestmark = QUIET
 
 HEAD = "sentence_classification_head"
 

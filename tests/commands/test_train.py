@@ -15,12 +15,14 @@ import pytest
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import train as fairseq_train
-from labelled import write_recipe, write_sets
+from labelled import QUIET, tiny_model, write_recipe, write_sets  # noqa: F401
 
 from fairseq_qn import api, hub
 from fairseq_qn.cli import main
 from fairseq_qn.commands import schedule, train
 from fairseq_qn.models.starting import start_from
+
+pytestmark = QUIET
 
 NAMES = ("dense", "at_once", "small")
 

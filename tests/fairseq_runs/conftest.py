@@ -139,6 +139,6 @@ def classifier(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def small(data: Data, classifier: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The classifier's small file, with its sentencepiece model."""
     path = tmp_path_factory.mktemp("small") / "classifier.qn.safetensors"
-    words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces)]
+    words = ["--bpe", "sentencepiece", "--bpe-files", str(data.pieces), "--keep-head"]
     assert main(["compress", str(classifier.folder / "checkpoint_last.pt"), "-o", str(path), *words]) == 0
     return path

@@ -309,9 +309,8 @@ def test_padding_does_not_distil(times: int, criterion: dict, data, teachers: di
 
 
 def test_a_teacher_of_other_classes_is_an_error(data, teachers: dict[str, Path]) -> None:
-    built = build(
-        data.classes, {**CLASSES, "--num-classes": 3}, {"--teacher-checkpoint": teachers["classes"]}
-    )
+    built = build(data.classes, CLASSES, {"--teacher-checkpoint": teachers["classes"]})
+    built.model.register_classification_head("sentence_classification_head", 3)
     with pytest.raises(MismatchError, match="teacher: logits"):
         loss_of(built, training=True)
 

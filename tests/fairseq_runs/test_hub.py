@@ -89,7 +89,7 @@ def answers(data, masked: Run, classifier: Run, gpt2, tmp_path_factory) -> dict[
     for parts in ("float32", "float16"):
         for name, run, bpe in (
             ("masked", masked, pieces),
-            ("classifier", classifier, pieces),
+            ("classifier", classifier, [*pieces, "--keep-head"]),
             ("gpt2", gpt2[0], ["--bpe", "gpt2", "--bpe-files", *gpt2[1]]),
         ):
             made[f"{name} {parts}"] = compress(

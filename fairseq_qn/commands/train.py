@@ -24,7 +24,7 @@ from fairseq_qn.commands.plan import Step, script, steps
 from fairseq_qn.commands.progress import SLOWER, Progress, duration, environment, watch
 from fairseq_qn.commands.schedule import Schedule, schedule
 from fairseq_qn.commands.score import Score, score
-from fairseq_qn.config_dir import config_dir
+from fairseq_qn.config_dir import recipe_file
 from fairseq_qn.errors import TrainingError, UnsupportedError
 from fairseq_qn.plugin import quiet
 from fairseq_qn.recipe import Recipe
@@ -36,8 +36,8 @@ ROWS = {"dense": "dense, fp32", "at_once": "frozen at once", "small": "noise, th
 
 def run(args: argparse.Namespace) -> None:
     """Import, data, fine-tuning, noise and stages, the small file, and what each is worth."""
-    text = _recipe_text(args.recipe or RECIPE)
-    recipe = Recipe.load(text)
+    recipe = Recipe.load(args.recipe or RECIPE)  # says what is wrong, also that there is none
+    text = recipe_file(args.recipe or RECIPE).read_text(encoding="utf-8")
     if args.output.is_dir():
         raise UnsupportedError(f"{args.output}: expected the name of a file, found a folder")
     work = args.work or args.output.with_name(f"{args.output.name.partition('.')[0]}.work")
@@ -160,16 +160,6 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     head = ("", "bytes", "smaller", f"{measure}{' %' if measure == 'accuracy' else ' x 100'}", "change")
     return f"\n{table(lines, head)}\n{first['rows']:,} rows of {first['on']}; {rows['small']['file']}"
-
-
-def _recipe_text(name: str) -> str:
-    """The text of a recipe: a file, or one of the shipped ones by its name."""
-    path = Path(name)
-    shipped = config_dir() / "recipes" / f"{name}.yaml"
-    if not path.is_file() and shipped.is_file():
-        path = shipped
-    Recipe.load(path)
-    return path.expanduser().read_text(encoding="utf-8")
 
 
 def _same(work: Path, args: argparse.Namespace, recipe: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fairseq_qn.artifact import container, manifest
+from fairseq_qn.artifact import container
 from fairseq_qn.errors import RecipeError, UnsupportedError
 from fairseq_qn.modules import stages
 from fairseq_qn.modules.apply import install_all, uninstall_all
@@ -33,7 +33,7 @@ from fairseq_qn.modules.restore import File, read, register_builder
 from fairseq_qn.modules.stages import Stages
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.recipe import Recipe
-from fairseq_qn.report import SizeReport
+from fairseq_qn.report import SizeReport, inspect
 
 __all__ = [
     "File", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
@@ -196,15 +196,6 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
     UnsupportedError, OSError.
     """
     return read(path).load(mode, model, dtype=dtype, large=large)
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as
-    data.
-    """
-    content = container.read_manifest(path)
-    manifest.check(content, str(path))
-    return {**content, "size": SizeReport.of(path, content).to_dict()}
 
 
 def figures(model: nn.Module, **saved: Any) -> dict[str, float]:

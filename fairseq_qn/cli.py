@@ -17,6 +17,7 @@ from typing import Any
 
 from fairseq_qn.commands.common import complain
 from fairseq_qn.errors import QNError
+from fairseq_qn.lazy_import import postpone
 from fairseq_qn.version import __version__
 
 PREDICT = """Answer sentences: labels or a value, fillings of <mask>, translations or continuations.
@@ -66,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
+    postpone("torch", "numpy", "fairseq_qn.quant.reading")  # what reads a header or a recipe needs none
     try:
+        if getattr(args, "recipe", None):
+            from fairseq_qn.recipe import Recipe
+
+            Recipe.load(args.recipe)  # refused before a command loads torch and fairseq
         command = importlib.import_module(f"fairseq_qn.commands.{args.command}")  # with what it needs, alone
         return command.run(args) or 0
     except BrokenPipeError:

@@ -9,9 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fairseq_qn.artifact import streams
+from fairseq_qn.artifact import container, manifest, streams
 from fairseq_qn.artifact.header import record_bytes
 from fairseq_qn.schemes import SCHEMES
 
@@ -29,7 +27,7 @@ class SizeReport:
     dense_bytes: int
 
     @classmethod
-    def of(cls, path: str | Path, manifest: Mapping[str, Any]) -> SizeReport:
+    def of(cls, path: str | Path, content: Mapping[str, Any]) -> SizeReport:
         """Measure a file whose manifest has been read."""
         total = os.path.getsize(path)
         parts = {"codes": 0, "codebooks": 0, "dense": 0, "assets": 0}
@@ -40,10 +38,10 @@ class SizeReport:
                 name,
                 "codes" if part in SCHEMES[entry["scheme"]].coded_parts else "codebooks",
             )
-            for name, entry in manifest["layers"].items()
-            for part in streams.layout(entry, torch.float32)
+            for name, entry in content["layers"].items()
+            for part in streams.layout(entry)
         }
-        for name, record in manifest["tensors"].items():
+        for name, record in content["tensors"].items():
             size = record_bytes(record)
             if name in layer_of:
                 layer, part = layer_of[name]
@@ -55,7 +53,7 @@ class SizeReport:
                 parts["dense"] += size
                 layers[name] = size
                 dense_bytes += 4 * prod(record["shape"]) if record["dtype"] in ("F16", "F32") else size
-        dense_bytes += sum(4 * prod(entry["shape"]) for entry in manifest["layers"].values())
+        dense_bytes += sum(4 * prod(entry["shape"]) for entry in content["layers"].values())
         parts["header"] = total - sum(parts.values())
         return cls(total, parts, layers, dense_bytes)
 
@@ -72,6 +70,15 @@ class SizeReport:
         parts = ", ".join(f"{name} {mb(size)}" for name, size in self.parts.items() if size)
         total = f"{mb(self.total)} on disk ({self.total / 2**20:.2f} MiB"
         return f"{total}, {self.ratio:.1f}x smaller than fp32): {parts}"
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as
+    data.
+    """
+    content = container.read_manifest(path)
+    manifest.check(content, str(path))
+    return {**content, "size": SizeReport.of(path, content).to_dict()}
 
 
 def mb(size: float) -> str:

@@ -20,7 +20,7 @@ LAYERS = [
     {"modules"},
     {"api", "report"},
     {"models", "tasks", "criterions", "hub", "interop"},
-    {"cli", "commands", "hydra_plugins", "plugin", "uncaught"},
+    {"cli", "commands", "hydra_plugins", "plugin", "uncaught", "lazy_import"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MAY_IMPORT_FAIRSEQ = {"models", "tasks", "criterions", "hub", "__init__"}

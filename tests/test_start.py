@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "fairseq", "numpy", "omegaconf", "tqdm")
+HEAVY = ("torch._C", "fairseq", "numpy.linalg", "omegaconf", "tqdm", "safetensors")
+GOLDEN = Path(__file__).parent / "artifact" / "data" / "version_2.qn.safetensors"
+RULE = "version: 1\nrules: [{layers: a, scheme: product, block_siz: 4}]\n"
 
 
 def fresh(code: str, cwd: Path) -> str:
@@ -45,10 +47,55 @@ print(json.dumps([status, [name for name in {HEAVY!r} if name in sys.modules]]))
         (["no-such-command"], 2),
         (["recipes"], 0),
         (["user-dir", "--json"], 0),
+        (["inspect", str(GOLDEN)], 0),
+        (["inspect", str(GOLDEN), "--json"], 0),
+        (["inspect", "wrong.yaml"], 1),
+        (["compress", "model.pt", "-o", "x", "--recipe", "nosuch"], 1),
+        (["compress", "model.pt", "-o", "x", "--recipe", "wrong.yaml"], 1),
+        (["train", "--model", "m", "--train", "t", "--valid", "v", "-o", "x", "--recipe", "wrong.yaml"], 1),
     ],
 )
 def test_what_needs_no_model_loads_none(words: list[str], status: int, tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text(RULE)
     assert loaded_by(words, tmp_path) == (status, [])
+
+
+@pytest.mark.parametrize("first", ["from torch import nn", "import torch.utils.data", "torch.nn"])
+def test_a_postponed_module_is_the_module(first: str, tmp_path: Path) -> None:
+    """torch fills in place, by an attribute or by the import of a part of it, and is then as ever."""
+    code = f"""
+import json, pickle, sys
+from fairseq_qn.lazy_import import postpone
+postpone("torch", "numpy", "no_such_module", "json")
+import torch as before
+import torch
+assert "torch._C" not in sys.modules and "no_such_module" not in sys.modules and sys.modules["json"] is json
+{first}
+import torch
+from torch.nn import Linear
+assert before is torch is sys.modules["torch"] and type(torch) is type(sys) and torch.__path__
+assert torch.nn.Linear is Linear and not hasattr(torch, "no_such_name")
+assert pickle.loads(pickle.dumps(Linear(2, 2)))(torch.ones(2)).detach().numpy().shape == (2,)
+"""
+    fresh(code, tmp_path)
+
+
+def test_a_postponed_module_that_fails(tmp_path: Path) -> None:
+    """It fails as the import would have, each time."""
+    (tmp_path / "failing.py").write_text("raise ImportError('not today')")
+    code = """
+import sys
+from fairseq_qn.lazy_import import postpone
+postpone("failing")
+for _ in range(2):
+    try:
+        from failing import name
+    except ImportError as error:
+        assert str(error) == "not today" and "failing" not in sys.modules
+    else:
+        raise AssertionError
+"""
+    fresh(code, tmp_path)
 
 
 def test_a_name_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:

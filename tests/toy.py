@@ -88,10 +88,10 @@ class Toy(Scheme):
         return None if all_whole(entry, {"times": (1, 9)}) else "times: expected 1 to 9"
 
     @classmethod
-    def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
+    def layout(cls, entry: Entry, dtype: str) -> Specs:
         return {
-            "signs": (torch.uint8, (packed_bytes(prod(entry["shape"]), 1),)),
-            "size": (torch.float32, (1,)),
+            "signs": ("uint8", (packed_bytes(prod(entry["shape"]), 1),)),
+            "size": ("float32", (1,)),
         }
 
     def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:

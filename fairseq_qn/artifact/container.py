@@ -9,19 +9,30 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.artifact import header
 from fairseq_qn.artifact.header import PathLike, Spec, bad, short
 from fairseq_qn.artifact.replacing import replacing
 from fairseq_qn.errors import EncodeError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _READ_CHUNK = 1 << 20  # bytes; hashed while they are still in the cache
+
+
+def spec_of(dtype: torch.dtype, shape: Sequence[int]) -> Spec:
+    """What the header says of a tensor.
+
+    >>> spec_of(torch.float16, torch.Size([3, 4]))
+    ('float16', (3, 4))
+    """
+    return str(dtype).removeprefix("torch."), tuple(shape)
 
 
 def predict_bytes(shapes: Mapping[str, Spec], manifest: Mapping[str, Any]) -> int:
@@ -44,12 +55,12 @@ def write(path: PathLike, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     nothing is left.
     """
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise EncodeError(
                 f"tensor {name!r}: expected a dense tensor with data, found {short(tensor)}; convert it "
                 "first"
             )
-    specs = header.ordered({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    specs = header.ordered({name: spec_of(tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
     blank = header.encode(specs, manifest, {})
     digests = {}
     with replacing(path) as file:
@@ -91,7 +102,7 @@ def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_tensor(file: BufferedReader, path: PathLike, name: str, spec: Spec, sha256: Any) -> Tensor:
     """The next tensor of the file, read once into its own memory and checked against its digest."""
-    dtype, shape = spec
+    dtype, shape = getattr(torch, spec[0]), spec[1]
     raw = torch.empty(header.nbytes(spec), dtype=torch.uint8)
     view, digest = raw.numpy().data, hashlib.sha256()
     for start in range(0, len(view), _READ_CHUNK):

@@ -36,8 +36,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import torch
-
 from fairseq_qn.artifact import strict_json
 from fairseq_qn.errors import EncodeError, FormatError
 
@@ -48,21 +46,22 @@ MAX_MANIFEST_BYTES = 1 << 21  # of JSON; a RoBERTa-base has 14 kB
 MAX_TENSORS = 10_000  # a RoBERTa-base has 264
 MAX_RANK = 64  # numpy's limit
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {  # by the file's names: torch's, bytes
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
+ITEM_BYTES = dict(DTYPES.values())
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+Spec = tuple[str, tuple[int, ...]]  # torch's name of the dtype, and the shape
 PathLike = str | os.PathLike[str]
 
 _REPR = reprlib.Repr()
@@ -81,12 +80,12 @@ _DIGEST = re.compile(rb'(?<="header_sha256":")[0-9a-f]{64}(?=")')
 def nbytes(spec: Spec) -> int:
     """Bytes that a tensor of this dtype and shape takes."""
     dtype, shape = spec
-    return math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def record_bytes(record: Mapping[str, Any]) -> int:
     """Bytes of a tensor of the manifest's table."""
-    return nbytes((DTYPES[record["dtype"]], tuple(record["shape"])))
+    return nbytes((DTYPES[record["dtype"]][0], tuple(record["shape"])))
 
 
 def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -110,7 +109,7 @@ def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
             raise EncodeError(
                 f"tensor {name!r}: expected up to {MAX_RANK} sizes >= 0, found {short(shape)}; reshape it"
             )
-    in_order = sorted(specs.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    in_order = sorted(specs.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0]))
     return {name: (dtype, tuple(shape)) for name, (dtype, shape) in in_order}
 
 
@@ -229,7 +228,7 @@ def _check_entries(header: dict[str, Any], path: PathLike, data_bytes: int) -> d
     for name, entry in header.items():
         if not _is_entry(entry):
             raise bad(path, f"tensor {short(name)}", "a known dtype, a shape and two offsets", short(entry))
-        spans.append((entry["data_offsets"], name, (DTYPES[entry["dtype"]], tuple(entry["shape"]))))
+        spans.append((entry["data_offsets"], name, (DTYPES[entry["dtype"]][0], tuple(entry["shape"]))))
     end, specs = 0, {}
     for offsets, name, spec in sorted(spans, key=lambda span: span[:2]):
         expected = [end, end := end + nbytes(spec)]

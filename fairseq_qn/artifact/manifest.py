@@ -23,10 +23,9 @@ import bz2
 import zlib
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.artifact import header, streams
 from fairseq_qn.artifact.header import short
@@ -34,6 +33,9 @@ from fairseq_qn.errors import FormatError
 from fairseq_qn.quant.half import FLOATS
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.activation import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 3  # the newest that is read; what is written says `version_of`
 ASSET = "asset:"
@@ -67,7 +69,7 @@ def check(manifest: Mapping[str, Any], path: str) -> None:
             )
     if manifest["parts"] not in FLOATS:
         raise FormatError(
-            f"{path}: manifest.parts: expected one of {list(FLOATS)}, found {short(manifest['parts'])}"
+            f"{path}: manifest.parts: expected one of {[*FLOATS]}, found {short(manifest['parts'])}"
         )
     kinds = manifest.get("modules", {})
     names = [name for of_kind in kinds.values() for name in of_kind] if _are_lists(kinds) else [None]
@@ -203,9 +205,7 @@ class Assets(Mapping[str, bytes]):
 def dense_names(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that are stored as they are."""
     parts = {
-        f"{name}/{part}"
-        for name, entry in manifest["layers"].items()
-        for part in streams.layout(entry, torch.float32)
+        f"{name}/{part}" for name, entry in manifest["layers"].items() for part in streams.layout(entry)
     }
     return [name for name in manifest["tensors"] if name not in parts and not name.startswith(ASSET)]
 
@@ -227,7 +227,7 @@ def _problem(name: str, entry: Any, manifest: Mapping[str, Any]) -> str | None:
         return f"transposed: expected true of a matrix, or false, found {short(turned)}"
     if problem := scheme.check_entry(entry) or streams.check(entry):
         return problem
-    wanted = streams.layout(entry, FLOATS[manifest["parts"]])
+    wanted = streams.layout(entry, manifest["parts"])
     for part, (dtype, shape) in wanted.items():
         found, expected = manifest["tensors"].get(f"{name}/{part}"), [header.NAMES[dtype], list(shape)]
         if found is None or [found["dtype"], list(found["shape"])] != expected:

@@ -7,15 +7,17 @@ and what the coder makes of it is the part that the scheme's layout asks for, no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.base import Entry, Specs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Coder(Protocol):
@@ -31,10 +33,10 @@ class Coder(Protocol):
 CODERS: dict[str, Coder] = {}
 
 
-def layout(entry: Entry, dtype: torch.dtype) -> Specs:
+def layout(entry: Entry, dtype: str = "float32") -> Specs:
     """part -> (dtype, shape) of what lies in the file, of an entry that was checked."""
     specs = SCHEMES[entry["scheme"]].layout(entry, dtype)
-    coded = {part: (torch.uint8, (stream["bytes"],)) for part, stream in entry.get("streams", {}).items()}
+    coded = {part: ("uint8", (stream["bytes"],)) for part, stream in entry.get("streams", {}).items()}
     return {**specs, **coded}
 
 
@@ -67,7 +69,7 @@ def decoded(entry: Entry, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts that the scheme's layout asks for. Raises FormatError."""
     result = dict(parts)
     for part, stream in entry.get("streams", {}).items():
-        _, (size,) = SCHEMES[entry["scheme"]].layout(entry, torch.float32)[part]
+        _, (size,) = SCHEMES[entry["scheme"]].layout(entry, "float32")[part]
         result[part] = CODERS[stream["coder"]].decode(parts[part], size)
         if result[part].dtype != torch.uint8 or result[part].shape != (size,):
             raise FormatError(

@@ -6,14 +6,14 @@ import argparse
 import json
 from typing import Any
 
-from fairseq_qn import api
+from fairseq_qn import report
 from fairseq_qn.report import SizeReport, table
 from fairseq_qn.schemes import SCHEMES
 
 
 def run(args: argparse.Namespace) -> None:
     """What is in a file, from its header."""
-    data = api.inspect(args.file)
+    data = report.inspect(args.file)
     if args.json:
         print(json.dumps(data))
         return

@@ -4,11 +4,15 @@ quant/integer.py, to the bit.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from fairseq_qn.kernels import native
 from fairseq_qn.kernels.native import POINTER, SIZE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ARGUMENTS = (*native.THREADS, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER)
 

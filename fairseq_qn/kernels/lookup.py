@@ -4,14 +4,17 @@ codebook)).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from fairseq_qn.kernels import native
 from fairseq_qn.kernels.native import INT, POINTER, SIZE
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LARGEST = 64  # block sizes that the kernel takes
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 4096  # outputs of a piece of work: their sums, 256 KiB for 16 rows, stay in a core's L2
 _ARGUMENTS = (
     *native.THREADS,
@@ -37,7 +40,7 @@ def usable(codes: Tensor, codebook: Tensor) -> bool:
         not native.watched()
         and codes.dtype == torch.uint8
         and codes.device.type == "cpu"
-        and codebook.dtype in _DTYPES
+        and codebook.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and codebook.shape[1] <= LARGEST
         and not codebook.requires_grad
         and native.library() is not None

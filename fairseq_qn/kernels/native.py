@@ -7,11 +7,12 @@ import importlib.util
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 THREADS = (POINTER, INT)  # the first two arguments of a kernel that shares its work out: `threads()`
@@ -58,7 +59,7 @@ def watched() -> bool:
     """
     return (
         torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from ctypes import c_double
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.kernels import native
 from fairseq_qn.kernels.native import INT, POINTER, SIZE, THREADS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 64  # block sizes that the kernel takes
 TILE = 64  # points that lie together

@@ -44,7 +44,8 @@ class Content:
     @property
     def dtype(self) -> torch.dtype:
         """Of codebooks and of Parameters that stay dense."""
-        return FLOATS[self.manifest["parts"]]
+        found: torch.dtype = getattr(torch, self.manifest["parts"])
+        return found
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
         """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding:
@@ -116,10 +117,12 @@ class Content:
 
     def _specs(self, content: Mapping[str, Any]) -> dict[str, header.Spec]:
         """(dtype, shape) of every tensor of the file."""
-        layouts = {name: streams.layout(entry, self.dtype) for name, entry in content["layers"].items()}
+        layouts = {
+            name: streams.layout(entry, content["parts"]) for name, entry in content["layers"].items()
+        }
         specs = {f"{name}/{part}": spec for name, layout in layouts.items() for part, spec in layout.items()}
-        specs |= {name: (self.dtype_of(tensor), tuple(tensor.shape)) for name, tensor in self.dense.items()}
-        return specs | {name: (torch.uint8, tuple(data.shape)) for name, data in self.files.items()}
+        specs |= {name: container.spec_of(self.dtype_of(t), t.shape) for name, t in self.dense.items()}
+        return specs | {name: ("uint8", tuple(data.shape)) for name, data in self.files.items()}
 
 
 def content_of(
@@ -128,7 +131,7 @@ def content_of(
 ) -> Content:  # fmt: skip
     """Decide what is stored under which name. Raises UnsupportedError for unknown `parts` or `drop`."""
     if parts not in FLOATS:
-        raise UnsupportedError(f"save: parts: expected one of {list(FLOATS)}, found {parts!r}")
+        raise UnsupportedError(f"save: parts: expected one of {[*FLOATS]}, found {parts!r}")
     modules = dict(model.named_modules())
     for name in drop:
         if not name or name not in modules:

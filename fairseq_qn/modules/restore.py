@@ -116,7 +116,7 @@ class File:
             raise type(error)(f"{self.path}: {error}") from error.__cause__
 
     def _layer(self, name: str, entry: Entry) -> Stored:
-        parts = {part: self.tensors.pop(f"{name}/{part}") for part in streams.layout(entry, torch.float32)}
+        parts = {part: self.tensors.pop(f"{name}/{part}") for part in streams.layout(entry)}
         try:
             return SCHEMES[entry["scheme"]].decode(entry, streams.decoded(entry, parts))
         except FormatError as error:

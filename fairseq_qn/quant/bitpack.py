@@ -18,11 +18,15 @@ of 3 bits, written with the highest bit on the left:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from torch import Tensor
 
 from fairseq_qn.errors import EncodeError, FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BITS = 16
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fairseq_qn.errors import BlockSizeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_block_size(shape: Sequence[int], block_size: int, name: str = "weight") -> None:

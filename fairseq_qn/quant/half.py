@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from math import frexp, isfinite
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-FLOATS = {"float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS = ("float16", "float32")
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

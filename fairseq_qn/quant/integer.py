@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.errors import BlockSizeError, NonFiniteWeight
 from fairseq_qn.kernels import integers as kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTWARD = 1 - 2**-20  # both ends of a range round outward: without it a symmetric range can lose a level
 
@@ -69,22 +72,20 @@ def quantize(
 
 
 def dequantize(
-    integers: Integers, shape: Sequence[int], dtype: torch.dtype = torch.float32, out: Tensor | None = None
+    integers: Integers, shape: Sequence[int], dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The weight that the integers stand for; `out`, fp32 and contiguous, may be where it is worked out.
+    """The weight that the integers stand for, by default in fp32; `out`, fp32 and contiguous, may be where
+    it is worked out.
 
     >>> dequantize(quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2), (2, 2)).tolist()
     [[-3.0, 0.0], [3.0, 6.0]]
     """
-    if kernel.usable(integers.levels, integers.scale):
-        return (
-            kernel.dequantize(integers.levels, integers.scale, integers.zero, out)
-            .reshape(tuple(shape))
-            .to(dtype)
-        )
-    zero = integers.zero.float().unsqueeze(1)
-    levels = integers.levels.float().sub_(zero)
-    return levels.mul_(integers.scale.unsqueeze(1)).reshape(tuple(shape)).to(dtype)
+    levels, scale, zero = integers.levels, integers.scale, integers.zero
+    if kernel.usable(levels, scale):
+        found = kernel.dequantize(levels, scale, zero, out)
+    else:
+        found = levels.float().sub_(zero.float().unsqueeze(1)).mul_(scale.unsqueeze(1))
+    return found.reshape(tuple(shape)).to(dtype or torch.float32)
 
 
 def fake_quantize(

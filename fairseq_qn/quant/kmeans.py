@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_qn.errors import NonFiniteWeight
 from fairseq_qn.kernels import nearest as kernel
 from fairseq_qn.quant import seeding
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 18  # scores held at a time: 1 MiB of fp32, which stays in a core's cache
 SAMPLE, SAMPLE_STEPS = 32, 10  # rows for each codeword, and steps on them, before the first on all rows
@@ -170,7 +172,7 @@ def _exact(x: Tensor, k: int) -> Clusters | None:
     exact = seeding.distinct(x, k)
     if exact is None:
         return None
-    codebook = F.pad(exact[1], (0, 0, 0, k - len(exact[1])))
+    codebook = torch.nn.functional.pad(exact[1], (0, 0, 0, k - len(exact[1])))
     return Clusters(exact[0], codebook, (0.0,), float(x.double().square().sum()))
 
 
@@ -268,5 +270,8 @@ def _errors(x: Tensor, codes: Tensor, means: Tensor) -> Tensor:
     """|x - mean of its code|^2 of each row, fp64 [n]."""
     parts = zip(x.split(CHUNK), codes.split(CHUNK))
     return torch.cat(
-        [(part.double() - F.embedding(chosen, means)).square_().sum(1) for part, chosen in parts]
+        [
+            (part.double() - torch.nn.functional.embedding(chosen, means)).square_().sum(1)
+            for part, chosen in parts
+        ]
     )

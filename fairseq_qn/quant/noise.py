@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fairseq_qn.quant.blocks import to_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 20  # draws at a time; part of what defines a mask on a GPU
 

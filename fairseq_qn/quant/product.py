@@ -14,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_qn.kernels import native
 from fairseq_qn.quant.blocks import codes_shape, from_blocks, to_blocks
 from fairseq_qn.quant.kmeans import Clusters, kmeans
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART = 1 << 18  # codes that are widened at a time
 RUN = 256  # blocks that are added up in fp32; a plain fp32 sum of 300,000 equal blocks is 0.3% off
@@ -106,9 +108,9 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int) -> Tensor:
     blocks = to_blocks(weight, block_size)
     if blocks.dtype not in (torch.float32, torch.float64):
         blocks = blocks.float()
-    sums = F.embedding_bag(groups.order, blocks, groups.starts, mode="sum").double()
+    sums = torch.nn.functional.embedding_bag(groups.order, blocks, groups.starts, mode="sum").double()
     runs = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
-    sums = F.embedding_bag(runs, sums, groups.first, mode="sum")
+    sums = torch.nn.functional.embedding_bag(runs, sums, groups.first, mode="sum")
     return (sums / groups.counts.clamp(min=1).unsqueeze(1)).to(blocks.dtype)
 
 
@@ -128,7 +130,7 @@ def decode(
     """
     codes = codes.reshape(-1)
     if codebook.requires_grad or native.watched():
-        blocks = F.embedding(codes.int(), codebook)
+        blocks = torch.nn.functional.embedding(codes.int(), codebook)
     else:  # the same, without all codes in int32 at once
         blocks = codebook.new_empty(len(codes), codebook.shape[1])
         for part, chosen in zip(blocks.split(PART), codes.split(PART), strict=True):
@@ -180,7 +182,9 @@ def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor) 
     hit = mask.nonzero().squeeze(1)
     if groups.padding_idx is not None:
         hit = hit[hit.div(len(mask) // len(weight), rounding_mode="floor") != groups.padding_idx]
-    blocks = F.embedding(groups.codes[hit].int(), codebook_of(weight, groups, block_size)).to(weight.dtype)
+    blocks = torch.nn.functional.embedding(
+        groups.codes[hit].int(), codebook_of(weight, groups, block_size)
+    ).to(weight.dtype)
     result = weight.clone(memory_format=torch.contiguous_format)
     to_blocks(result, block_size).index_copy_(0, hit, blocks)
     return result

@@ -8,9 +8,12 @@ copy of a row kept is never drawn.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTOR = 6364136223846793005  # odd and large: Knuth's, of MMIX
 PART = 1 << 18  # rows at a time, which bounds what is held beside them

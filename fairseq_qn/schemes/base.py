@@ -12,15 +12,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from fairseq_qn.quant.reading import read
+from fairseq_qn.quant import reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Entry = dict[str, Any]  # a weight's record in the manifest: plain data
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Specs = dict[str, tuple[str, tuple[int, ...]]]
 EXPONENTS = (-1000, 1000)  # of two, which an entry may name
 T = TypeVar("T")
 
@@ -126,7 +128,7 @@ class Scheme(ABC):
 
     def frozen(self, w: Tensor, site: Site) -> Tensor:
         """What is read once frozen, differentiable; straight through unless a scheme knows better."""
-        return read(w, lambda weight: self.quantized(weight, site), None)
+        return reading.read(w, lambda weight: self.quantized(weight, site), None)
 
     def needs_learning(self, kind: str) -> bool:
         """Whether noise of this kind draws on what `learn` leaves in the buffers."""
@@ -161,8 +163,10 @@ class Scheme(ABC):
 
     @classmethod
     @abstractmethod
-    def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
-        """part -> (dtype, shape) of the tensors that stand for the weight."""
+    def layout(cls, entry: Entry, dtype: str) -> Specs:
+        """part -> (dtype, shape) of the tensors that stand for the weight, floating-point parts in `dtype`;
+        dtypes by name: "float16".
+        """
 
     @abstractmethod
     def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:

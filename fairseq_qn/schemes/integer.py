@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_qn.errors import BlockSizeError, FormatError
 from fairseq_qn.kernels import native
 from fairseq_qn.lines import one_of, whole
-from fairseq_qn.quant import integer, noise
+from fairseq_qn.quant import integer, noise, reading
 from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.integer import Integers, dequantize, ranges_shape
-from fairseq_qn.quant.reading import read
 from fairseq_qn.schemes.base import Draw, Entry, Scheme, Site, Specs, Stored, all_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS, GROUP_SIZES = (2, 8), (1, 65_536)
 GRANULARITIES = ("tensor", "channel", "group")
@@ -53,8 +53,10 @@ class StoredIntegers(Stored):
         rows, columns = self.shape
         ranges = max(1, len(self.scale) // rows)  # of each row
         affine = (t.view(-1, ranges).expand(rows, -1) for t in (self.scale, self.zero))
-        scale, zero = (F.embedding(ids, t).flatten() for t in affine)
-        levels = F.embedding(ids, self.levels.view(rows, columns)).view(-1, columns // ranges)
+        scale, zero = (torch.nn.functional.embedding(ids, t).flatten() for t in affine)
+        levels = torch.nn.functional.embedding(ids, self.levels.view(rows, columns)).view(
+            -1, columns // ranges
+        )
         return dequantize(Integers(levels, scale, zero), (*ids.shape, columns), self.scale.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -67,7 +69,7 @@ class StoredIntegers(Stored):
         if x.numel() > MANY * columns:
             return None
         if step >= out:
-            return F.linear(x, self._some(0, out, x.dtype), bias)
+            return torch.nn.functional.linear(x, self._some(0, out, x.dtype), bias)
         flat = x.reshape(-1, columns)
         y = flat.new_empty(len(flat), out)
         for begin in range(0, out, step):
@@ -117,7 +119,7 @@ class Integer(Scheme):
 
     def noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         """Weights drawn read as their integers, whatever the kind of noise: they have a phi of their own."""
-        return read(w, partial(self._noised, site=site, draw=draw), None)
+        return reading.read(w, partial(self._noised, site=site, draw=draw), None)
 
     def _noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         if noise.is_certain(draw.p):
@@ -154,16 +156,16 @@ class Integer(Scheme):
         return None
 
     @classmethod
-    def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
+    def layout(cls, entry: Entry, dtype: str) -> Specs:
         """levels, and an affine map for each range.
 
         >>> entry = {"shape": [64, 32], "bits": 4, "granularity": "channel", "group_size": 64}
-        >>> {part: shape for part, (_, shape) in Integer.layout(entry, torch.float16).items()}
+        >>> {part: shape for part, (_, shape) in Integer.layout(entry, "float16").items()}
         {'levels': (1024,), 'scale': (64,), 'zero': (64,)}
         """
         ranges, _ = ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
-        levels = torch.uint8, (packed_bytes(prod(entry["shape"]), entry["bits"]),)
-        return {"levels": levels, "scale": (torch.float32, (ranges,)), "zero": (torch.uint8, (ranges,))}
+        levels = "uint8", (packed_bytes(prod(entry["shape"]), entry["bits"]),)
+        return {"levels": levels, "scale": ("float32", (ranges,)), "zero": ("uint8", (ranges,))}
 
     def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
         """Packed levels, and the ranges as they are."""

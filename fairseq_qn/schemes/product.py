@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fairseq_qn.errors import BlockSizeError, FormatError
 from fairseq_qn.kernels import lookup
 from fairseq_qn.lines import whole
-from fairseq_qn.quant import noise, product
+from fairseq_qn.quant import noise, product, reading
 from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.blocks import check_block_size, codes_shape
 from fairseq_qn.quant.half import exponent_of, narrowed, widened
-from fairseq_qn.quant.reading import read
 from fairseq_qn.schemes.base import EXPONENTS, Draw, Entry, Scheme, Site, Specs, Stored, all_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_SIZES, CENTROIDS = (1, 4096), (2, 65_536)
 
@@ -48,7 +48,9 @@ class StoredProduct(Stored):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Only what is asked for is decoded."""
-        rows = F.embedding(F.embedding(ids, self.codes).int(), self.codebook).flatten(-2)
+        rows = torch.nn.functional.embedding(
+            torch.nn.functional.embedding(ids, self.codes).int(), self.codebook
+        ).flatten(-2)
         if self.padding_idx is None:
             return rows
         is_pad = (ids == self.padding_idx).unsqueeze(-1)
@@ -121,11 +123,11 @@ class Product(Scheme):
     def frozen(self, w: Tensor, site: Site) -> Tensor:
         """A projection, its own derivative: codewords move by the mean of their blocks' gradients."""
         project = partial(product.project, groups=self.groups(site), block_size=self.block_size)
-        return read(w, project, project)
+        return reading.read(w, project, project)
 
     def noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         """Blocks drawn read as 0 (proxy), or as their codewords (exact)."""
-        return read(w, partial(self._noised, site=site, draw=draw), None)
+        return reading.read(w, partial(self._noised, site=site, draw=draw), None)
 
     def _noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         exact = draw.kind == "exact"
@@ -197,15 +199,15 @@ class Product(Scheme):
         return None
 
     @classmethod
-    def layout(cls, entry: Entry, dtype: torch.dtype) -> Specs:
+    def layout(cls, entry: Entry, dtype: str) -> Specs:
         """codes, codebook, and the pad row if there is one.
 
-        >>> Product.layout({"shape": [64, 32], "block_size": 8, "n_centroids": 16}, torch.float16)
-        {'codes': (torch.uint8, (128,)), 'codebook': (torch.float16, (16, 8))}
+        >>> Product.layout({"shape": [64, 32], "block_size": 8, "n_centroids": 16}, "float16")
+        {'codes': ('uint8', (128,)), 'codebook': ('float16', (16, 8))}
         """
         n, d, k = prod(entry["shape"]), entry["block_size"], entry["n_centroids"]
         pad = {"pad": (dtype, (n // entry["shape"][0],))} if "pad" in entry else {}
-        codes = torch.uint8, (packed_bytes(n // d, product.code_bits(k)),)
+        codes = "uint8", (packed_bytes(n // d, product.code_bits(k)),)
         return {"codes": codes, "codebook": (dtype, (k, d)), **pad}
 
     def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:

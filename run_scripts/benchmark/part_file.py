@@ -115,7 +115,7 @@ def peers(path: Path, checkpoint: Path) -> dict[str, int]:
     half = {name: tensor.half() for name, tensor in state.items()}
     theirs = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("asset:")}
     for name, entry in plan["layers"].items():
-        parts = {part: tensors[f"{name}/{part}"] for part in Product.layout(entry, torch.float16)}
+        parts = {part: tensors[f"{name}/{part}"] for part in Product.layout(entry, "float16")}
         theirs[f"{name}/codes"] = Product.decode(entry, parts).codes.long()
     return {
         "torch.save fp32": saved(state), "torch.save fp16": saved(half),

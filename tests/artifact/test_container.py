@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_qn.artifact import header
-from fairseq_qn.artifact.container import predict_bytes, read, read_manifest, write
+from fairseq_qn.artifact.container import predict_bytes, read, read_manifest, spec_of, write
 from fairseq_qn.errors import EncodeError
 
 DTYPES = [
@@ -72,7 +72,7 @@ files = st.dictionaries(texts, tensors(), max_size=5)
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, header.Spec]:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: spec_of(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 @pytest.fixture

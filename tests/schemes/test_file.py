@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import hostile, weights, weights_and_block_sizes
 from torch import Tensor
 
+from fairseq_qn.artifact.container import spec_of
 from fairseq_qn.errors import FormatError
 from fairseq_qn.quant import product
 from fairseq_qn.quant.half import FLOATS, widened
@@ -41,14 +42,15 @@ def checked(scheme: Product | Integer, w: Tensor, site: Place, dtype: torch.dtyp
     """What `encode` gives, if it is as `entry`, `layout` and `check_entry` say."""
     entry, parts = scheme.encode(w, site, dtype)
     assert entry == scheme.entry(w, site, dtype, learned=True) and scheme.check_entry(entry) is None
-    assert {n: (t.dtype, tuple(t.shape)) for n, t in parts.items()} == scheme.layout(entry, dtype)
+    found = {n: spec_of(t.dtype, t.shape) for n, t in parts.items()}
+    assert found == scheme.layout(entry, str(dtype).removeprefix("torch."))
     return entry, parts
 
 
 @given(
     weights_and_block_sizes(),
     st.sampled_from([1, 2, 3, 5, 8, 100, 257]),
-    st.sampled_from([*FLOATS.values()]),
+    st.sampled_from([getattr(torch, name) for name in FLOATS]),
     st.integers(0, 999),
 )
 def test_product_round_trip(case: tuple[Tensor, int], k: int, dtype: torch.dtype, seed: int) -> None:

@@ -1,4 +1,6 @@
-"""A scheme that only tests know: the sign of each weight, times the mean of all sizes."""
+"""A scheme that only tests know: the sign of each weight, times the mean of all sizes and a gain that is
+learned.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ class StoredSigns(Stored):
 @dataclass(frozen=True)
 class Toy(Scheme):
     name, buffer_names, coded_parts, shares_gradients = "toy", ("signs",), ("signs",), True
+    parameter_names = ("gain",)
 
     toy_times: int = 1  # the size, times this
 
@@ -49,24 +52,37 @@ class Toy(Scheme):
     def buffers(self, shape: Sequence[int], padding_idx: int | None) -> dict[str, Tensor]:
         return {"signs": torch.zeros(tuple(shape), dtype=torch.uint8)}
 
-    def _size(self, w: Tensor) -> Tensor:
-        return w.float().abs().mean() * self.toy_times
+    def parameters(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {"gain": torch.zeros(1)}
+
+    def _size(self, w: Tensor, site: Site) -> Tensor:
+        return w.float().abs().mean() * self.toy_times * (1 + site.parameter("gain").detach().float())
+
+    def _moved(self, value: Tensor, site: Site, share: Tensor | float) -> Tensor:
+        """The value, which moves by `share` as the gain does."""
+        gain = site.parameter("gain")
+        return value + (gain - gain.detach()) * share
 
     def quantized(self, w: Tensor, site: Site) -> Tensor:
         signs = site.derived("signs", lambda codes: codes.float() * 2 - 1)
-        return (signs * self._size(w)).to(w.dtype)
+        return (signs * self._size(w, site)).to(w.dtype)
+
+    def frozen(self, w: Tensor, site: Site) -> Tensor:
+        value = super().frozen(w, site)
+        return self._moved(value, site, value.detach()) if torch.is_grad_enabled() else value
 
     def noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         mask = noise.bernoulli(w.numel(), draw.p, draw.seed, w.device).view(w.shape)
-        phi = self.quantized(w, site) if draw.kind == "exact" else torch.zeros_like(w)
-        return read(w, lambda weight: torch.where(mask, phi, weight), None)
+        phi = self.quantized(w.detach(), site) if draw.kind == "exact" else torch.zeros_like(w)
+        value = read(w, lambda weight: torch.where(mask, phi, weight), None)
+        return self._moved(value, site, phi * mask)
 
     def needs_learning(self, kind: str) -> bool:
         return kind == "exact"
 
     def learn(self, w: Tensor, site: Site, warm: bool, iterations: int, seed: int) -> float:
         site.buffer("signs").copy_(w >= 0)
-        approximation = self._size(w) * torch.where(w >= 0, 1.0, -1.0)
+        approximation = self._size(w, site) * torch.where(w >= 0, 1.0, -1.0)
         norm = float(w.float().square().sum())
         return float((w - approximation).float().square().sum()) / norm if norm else 0.0
 
@@ -95,7 +111,7 @@ class Toy(Scheme):
         }
 
     def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
-        parts = {"signs": pack(site.buffer("signs"), 1), "size": self._size(w).reshape(1)}
+        parts = {"signs": pack(site.buffer("signs"), 1), "size": self._size(w, site).reshape(1)}
         return self.entry(w, site, dtype, learned=True), parts
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_qn.errors import MismatchError
-from fairseq_qn.modules.digest import Found, broken, buffers_of, complete, found_in, problem
+from fairseq_qn.modules.digest import Found, broken, buffers_of, complete, found_in, learned_in, problem
 from fairseq_qn.modules.view import FROZEN, WeightView
 
 
@@ -17,9 +17,9 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
     """Change `state` in place so that it loads strictly into the module that carries `views`.
 
     A layer that is not frozen in `state` needs no codes: those that are missing, of another recipe, or of a
-    layer that has no view here, give way to the model's own. A frozen layer has to fit; MismatchError says
-    which does not, and refuses codes that are not those of their digest, as after averaging. A state of
-    before there were digests gets them.
+    layer that has no view here, give way to the model's own, and so does what a scheme learns by gradients.
+    A frozen layer has to fit; MismatchError says which does not, and refuses codes that are not those of
+    their digest, as after averaging. A state of before there were digests gets them.
     """
     own = {_stem(key): view for view in views for key in view.keys}
     for stem in [key[:-5] for key in state if key[:-5] not in own and _is_phase(state, key)]:
@@ -31,12 +31,12 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
                 f"{name}: frozen in the checkpoint, but the recipe gives it no rule; use the recipe of the "
                 "checkpoint"
             )
-        _drop(state, stem, found)
+        _drop(state, stem, found | learned_in(state, stem))
     for stem, view in own.items():
-        found = found_in(state, stem)
+        found, learned = found_in(state, stem), learned_in(state, stem)
         if "phase" in found and (reason := broken(found)):
             raise MismatchError(f"{view.name}: {reason}")
-        reason = _misfit(view, found)
+        reason = _misfit(view, found, learned)
         if reason is None:
             complete(view, state, stem)
             continue
@@ -44,8 +44,9 @@ def adopt(state: dict[str, Any], views: Iterable[WeightView]) -> None:
             raise MismatchError(
                 f"{view.name}: frozen in the checkpoint, but {reason}; use the recipe of the checkpoint"
             )
-        _drop(state, stem, found)
-        state.update({stem + name: buffer.clone() for name, buffer in buffers_of(view).items()})
+        _drop(state, stem, found | learned)
+        kept = buffers_of(view) | {name: view.parameter(name).detach() for name in view.learned}
+        state.update({stem + name: tensor.clone() for name, tensor in kept.items()})
 
 
 def _drop(state: dict[str, Any], stem: str, found: Found) -> None:
@@ -53,17 +54,21 @@ def _drop(state: dict[str, Any], stem: str, found: Found) -> None:
         del state[stem + name]
 
 
-def _misfit(view: WeightView, found: Found) -> str | None:
-    """Why the state's buffers do not fit this view, or None."""
-    names = ("phase", *view.scheme.buffer_names)
-    if missing := [name for name in names if name not in found]:
+def _misfit(view: WeightView, found: Found, learned: Found) -> str | None:
+    """Why what a state holds beside the weight does not fit this view, or None."""
+    names = ("phase", *view.codes, *view.learned)
+    if missing := [name for name in names if name not in found | learned]:
         return f"its {missing[-1]} are missing"
-    if found.keys() - {*names, "digest"}:
+    if (found.keys() | learned.keys()) - {*names, "digest"}:
         return "it is quantised by another scheme"
-    for name in view.scheme.buffer_names:
+    for name in view.codes:
         wanted, other = (f"{t.dtype} {name} {list(t.shape)}" for t in (view.buffer(name), found[name]))
         if wanted != other:
             return f"expected {wanted}, found {other}"
+    for name in view.learned:
+        shapes = [[*getattr(t, "shape", ())] for t in (view.parameter(name), learned[name])]
+        if shapes[0] != shapes[1]:
+            return f"expected {name} {shapes[0]}, found {shapes[1]}"
     return problem(view, found)
 
 

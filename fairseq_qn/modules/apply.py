@@ -36,8 +36,7 @@ def install_all(model: nn.Module, recipe: Recipe, seed: int | None, strict: bool
                 made.append(views[i])
     except Exception:
         for view in made:
-            for name in view.buffer_names:
-                del view.home._buffers[name]
+            view.clear()
         raise
     for m, view in zip(matches, views, strict=True):
         for owner in m.owners:

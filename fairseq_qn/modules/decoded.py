@@ -25,7 +25,7 @@ def decoded_state_dict(model: nn.Module) -> dict[str, Any]:
         raise UnsupportedError('decoded_state_dict: the model is packed; load its file with mode="dense"')
     views = list(views_of(model))
     read: dict[int, Any] = {id(v.weight): v.quantized() for v in views if v.phase == FROZEN}
-    own = {id(view.home._buffers[name]) for view in views for name in view.buffer_names}
+    own = {id(v.home._buffers.get(name, v.home._parameters.get(name))) for v in views for name in v.names}
     kept = {key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) not in own}
     for value in kept.values():
         read.setdefault(id(value), value.detach() if isinstance(value, Tensor) else value)

@@ -47,7 +47,7 @@ def complete(view: Any, state: MutableMapping[str, Any], stem: str) -> None:
     Raises MismatchError.
     """
     found = found_in(state, stem)
-    if found.keys() - {"digest"} != {"phase", *view.scheme.buffer_names}:
+    if found.keys() - {"digest"} != {"phase", *view.codes}:
         return  # of another recipe: whether that fits is for torch, or adopt, to say
     if reason := problem(view, found):
         raise MismatchError(f"{view.name}: {reason}")
@@ -94,13 +94,19 @@ def broken(found: Found) -> str | None:
 
 def buffers_of(view: Any) -> Found:
     """A view's buffers, by name."""
-    return {name: view.buffer(name) for name in ("phase", *view.scheme.buffer_names, "digest")}
+    return {name: view.buffer(name) for name in ("phase", *view.codes, "digest")}
 
 
 def found_in(state: Mapping[str, Any], stem: str) -> Found:
-    """What a state dict holds under a stem of what any scheme keeps, by name."""
+    """What a state dict holds under a stem of the buffers that any scheme keeps, by name."""
     kept = (name for scheme in SCHEMES.values() for name in scheme.buffer_names)
     names = dict.fromkeys(("phase", *kept, "digest"))
+    return {name: state[stem + name] for name in names if stem + name in state}
+
+
+def learned_in(state: Mapping[str, Any], stem: str) -> Found:
+    """The same of what any scheme learns by gradients."""
+    names = dict.fromkeys(name for scheme in SCHEMES.values() for name in scheme.parameter_names)
     return {name: state[stem + name] for name in names if stem + name in state}
 
 

@@ -165,7 +165,7 @@ def _layout(view: WeightView) -> dict[str, bool]:
 def _names(
     model: nn.Module, dropped: tuple[str, ...]
 ) -> tuple[dict[str, WeightView], list[list[str]], set[str]]:
-    """(views by the name under which each is stored, ties, names of the views' buffers)."""
+    """(views by the name under which each is stored, ties, names of what the views keep beside)."""
     by_parameter = {id(view.weight): view for view in views_of(model)}
     views, ties, buffers = {}, [], set()
     for owners in owners_of(model):
@@ -175,7 +175,7 @@ def _names(
             keys.sort(key=lambda key, first=view.name: key != first)
             views[keys[0]] = view
             own = (key for owner in owners if owner.module is view.home for key in owner.keys)
-            buffers |= {key.removesuffix("weight") + name for key in own for name in view.buffer_names}
+            buffers |= {key.removesuffix("weight") + name for key in own for name in view.names}
         if len(keys) > 1:
             ties.append(keys)
     return views, ties, buffers

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules.clock import Clock
 from fairseq_qn.modules.freeze import refresh_due
+from fairseq_qn.modules.undecayed import spare
 from fairseq_qn.modules.view import views_of
 
 STARTED = -1  # for refresh_due: no micro-batch, so that only what is lacking is learned
@@ -30,6 +31,7 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, update: int = 0) 
     optimizer, NonFiniteWeight.
     """
     clocks = clocks_of(model, [optimizer], "follow")
+    spare(model, [optimizer])
     handle = lead(clocks, optimizer, update, lambda now: refresh_due(list(views_of(model)), now))
     refresh_due(list(views_of(model)), update, STARTED)
     return handle

@@ -108,7 +108,7 @@ def _learn_all(views: Sequence[WeightView], iterations: int, progress: Progress 
             seconds[view.name] = time.perf_counter() - began
     if distributed:
         for view in views:
-            for buffer in map(view.buffer, view.scheme.buffer_names):
+            for buffer in map(view.buffer, view.codes):
                 torch.distributed.broadcast(buffer, learner[view.name])
                 buffer.add_(0)  # a broadcast does not count as a write: tell caches that it changed
             sign(view)

@@ -33,8 +33,7 @@ def uninstall(module: nn.Module) -> None:
     """Undo it, for all of a module's views."""
     for view in module.__dict__.pop("_qn_views").values():
         if view.home is module:
-            for name in view.buffer_names:
-                del module._buffers[name]
+            view.clear()
     module.__class__ = type(module)._qn_base
 
 

@@ -106,7 +106,7 @@ def match(model: nn.Module, recipe: Recipe, *, strict: bool = True) -> tuple[lis
     matches, coverage = [], Coverage()
     used: set[object] = set()
     stages: set[str] = set()
-    groups = owners_of(model)
+    groups = [owners for owners in owners_of(model) if not _is_learned(owners[0])]
     for owners in groups:
         size = owners[0].module._parameters[owners[0].attribute].numel()
         keep = _keep(recipe, owners)
@@ -133,6 +133,12 @@ def _keep(recipe: Recipe, owners: list[Owner]) -> str | None:
     return next(
         (pattern for pattern in recipe.keep if any(re.fullmatch(pattern, name) for name in names)), None
     )
+
+
+def _is_learned(owner: Owner) -> bool:
+    """Whether a Parameter is what a view's scheme learns beside its weight: a part of that."""
+    views = owner.module.__dict__.get("_qn_views", {}).values()
+    return any(view.home is owner.module and owner.attribute in view.learned for view in views)
 
 
 def _quantisable(owner: Owner) -> bool:

@@ -19,6 +19,7 @@ from fairseq_qn.errors import MismatchError, RecipeError, UnsupportedError
 from fairseq_qn.modules.follow import STARTED, clocks_of, lead
 from fairseq_qn.modules.freeze import LayerReport, Progress, freeze_views, refresh_due, refresh_views
 from fairseq_qn.modules.moments import project_moments
+from fairseq_qn.modules.undecayed import spare
 from fairseq_qn.modules.view import FLOAT, FROZEN, WeightView, views_of
 from fairseq_qn.recipe import Recipe
 
@@ -180,6 +181,7 @@ class Stages:
         self.reports: list[LayerReport] = []
         self.epoch = self._refreshed = 0
         self._warned = False
+        spare(model, self.optimizers)
         lead(clocks, self.optimizers[-1], update, self._begin_update)
         self._freeze()
         # the first epoch need not learn them again

@@ -41,10 +41,11 @@ SHARDED = (
 class WeightView:
     """How one Parameter is read, by all modules that own it.
 
-    Its buffers, `phase` (uint8 scalar), those of its scheme and a `digest` of them, are registered on
-    `home`, the module that the recipe matched, when the view is made; state-dict keys are therefore the same
-    in every phase. To its scheme it is a Site, whose weight has its outputs first: that of a Conv1D
-    [in, out] is handed over transposed, so that blocks run along the input as everywhere.
+    Its buffers, `phase` (uint8 scalar), those of its scheme and a `digest` of them, and the Parameters that
+    its scheme learns beside the weight, are registered on `home`, the module that the recipe matched, when
+    the view is made; state-dict keys are therefore the same in every phase. To its scheme it is a Site,
+    whose weight has its outputs first: that of a Conv1D [in, out] is handed over transposed, so that blocks
+    run along the input as everywhere.
     """
 
     def __init__(self, name: str, rule: Rule, noise: Noise, home: nn.Module, clock: Clock) -> None:
@@ -63,17 +64,24 @@ class WeightView:
         self._watching: RemovableHandle | None = None
         _check_weight(weight, name)
         self.scheme.check(self.shape, name)  # raises before anything is registered
-        for buffer in self.buffer_names:
-            if hasattr(home, buffer):
-                raise UnsupportedError(
-                    f"{name}: its module already has a {buffer!r}, a name that the view needs; rename it"
-                )
-        with torch.inference_mode(False):  # buffers that can be written to and used anywhere
-            buffers = {"phase": torch.tensor(FLOAT, dtype=torch.uint8)}
-            buffers |= self.scheme.buffers(self.shape, self.padding_idx)
+        with torch.inference_mode(False):  # tensors that can be written to and used anywhere
+            codes, learned = (
+                self.scheme.buffers(self.shape, self.padding_idx),
+                self.scheme.parameters(self.shape),
+            )
+            buffers = {"phase": torch.tensor(FLOAT, dtype=torch.uint8), **codes}
             buffers["digest"] = torch.zeros(digest.SIZE, dtype=torch.int64)
-            for buffer, tensor in buffers.items():
-                home.register_buffer(buffer, tensor.to(weight.device))
+            for own in (*buffers, *learned):
+                if hasattr(home, own):
+                    raise UnsupportedError(
+                        f"{name}: its module already has a {own!r}, a name that the view needs; rename it"
+                    )
+            for own, tensor in buffers.items():
+                home.register_buffer(own, tensor.to(weight.device))
+            for own, tensor in learned.items():
+                home.register_parameter(own, nn.Parameter(tensor.to(weight)))
+        # names of what its scheme keeps
+        self.codes, self.learned = tuple(codes), tuple(learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives what it needs from buffers of its own, and its Parameter has no hook."""
@@ -104,10 +112,20 @@ class WeightView:
         """One of its buffers: `phase`, `digest`, or one of its scheme's, meaningful when CODED or FROZEN."""
         return self.home._buffers[name]
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """One of the Parameters that its scheme learns beside the weight."""
+        return self.home._parameters[name]
+
     @property
-    def buffer_names(self) -> tuple[str, ...]:
-        """Names of this view's buffers on `home`."""
-        return ("phase", *self.scheme.buffer_names, "digest")
+    def names(self) -> tuple[str, ...]:
+        """Of what it has registered on `home`."""
+        return ("phase", *self.codes, "digest", *self.learned)
+
+    def clear(self) -> None:
+        """Take it off again."""
+        for name in self.names:
+            self.home._buffers.pop(name, None)
+            self.home._parameters.pop(name, None)
 
     @property
     def phase(self) -> int:
@@ -164,8 +182,8 @@ class WeightView:
             return weight
         if self.needs_learning and self.phase == FLOAT:
             raise ViewError(
-                f"{self.name}: exact noise before its codebook was learned; call fairseq_qn.refresh(model) "
-                "first"
+                f"{self.name}: noise before its codes or ranges were learned; call "
+                "fairseq_qn.refresh(model) first"
             )
         seed = seed_of(self.clock.seed, *at, self.clock.rank, self.name)
         draw = Draw(self.noise.kind, p, seed)

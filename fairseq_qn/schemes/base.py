@@ -49,6 +49,9 @@ class Site(Protocol):
     def buffer(self, name: str) -> Tensor:
         """One of the buffers that the scheme asked for."""
 
+    def parameter(self, name: str) -> Tensor:
+        """One of the Parameters that the scheme asked for."""
+
     def derived(self, name: str, compute: Callable[[Tensor], T]) -> T:
         """compute(buffer), kept until the buffer changes."""
 
@@ -97,7 +100,10 @@ class Scheme(ABC):
     """One way to quantise a weight. Its fields are its own lines of a recipe."""
 
     name: ClassVar[str]
-    buffer_names: ClassVar[tuple[str, ...]] = ()  # what training keeps beside the weight: names, not means
+    # what training keeps beside the weight: codes, which mean nothing when averaged, and what is learned by
+    # gradients. All that the class knows; which of them one scheme keeps, `buffers` and `parameters` say
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+    parameter_names: ClassVar[tuple[str, ...]] = ()
     coded_parts: ClassVar[tuple[str, ...]] = ()  # parts in the file that a report counts as codes
     shares_gradients: ClassVar[bool] = False  # frozen, entries of a weight move together: see `moment`
 
@@ -115,7 +121,15 @@ class Scheme(ABC):
     # -- training; w is the site's weight
 
     def buffers(self, shape: Sequence[int], padding_idx: int | None) -> dict[str, Tensor]:
-        """The buffers that it keeps, by `buffer_names`, as they are before anything is learned."""
+        """The buffers that it keeps, of `buffer_names`, as they are before anything is learned."""
+        return {}
+
+    def parameters(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """What it learns by gradients beside the weight, of `parameter_names`, as it is before the first.
+
+        The optimizer sees them as Parameters of the layer. Weight decay passes them over where the package
+        knows the optimizer: under fairseq, `follow` and `Stages`.
+        """
         return {}
 
     @abstractmethod

@@ -26,6 +26,7 @@ from fairseq_qn.models.config import config_of, elsewhere, remember
 from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.stages import Boundaries, due, explain, freeze_due, refresh_epoch
+from fairseq_qn.modules.undecayed import spare
 from fairseq_qn.modules.view import WeightView
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.tasks import forgotten, stages
@@ -70,6 +71,7 @@ class QuantisedTask:
     # the last (update, micro-batch); an update that overflows in fp16 is tried again
     _micro: tuple[int, int] = (-1, 0)
     _text: tuple[dict[str, Any], dict[str, bytes]] | None = None  # the BPE that `compress` will carry along
+    _trained_by: Any = None  # the optimizer, once what is learned beside weights is spared its weight decay
     _said: bool = False  # that the optimizer keeps no moments of Adam
 
     @classmethod
@@ -160,6 +162,9 @@ class QuantisedTask:
                 )  # fmt: skip
             self._project_moments(optimizer)
             self._fresh = ()
+            if self._trained_by is not optimizer:
+                spare(inner, torch_optimizers(optimizer), masters_of(optimizer))
+                self._trained_by = optimizer
             last, micro = self._micro
             self._micro = (update_num, micro + 1 if last == update_num else 0)
             api.set_update(inner, update_num, self._micro[1])

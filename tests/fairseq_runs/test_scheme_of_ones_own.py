@@ -34,6 +34,8 @@ def test_it_trains_freezes_resumes_ships_and_answers(kind: str, data, tmp_path: 
     words = [str(data.lm), MLM, options, {"--quant-stage-updates": "2,4,6"}]
     run = train(tmp_path / "run", words, EACH)
     assert all(view.phase == FROZEN and isinstance(view.scheme, Toy) for view in views_of(run.model))
+    spared = run.trainer.optimizer.optimizer._qn_spared.parts.values()
+    assert {id(p) for p, *_ in spared} == {id(view.parameter("gain")) for view in views_of(run.model)}
     resumed = train(tmp_path / "resumed", words, {"--restore-file": run.path(5)})
     assert differing(run.state()["model"], resumed.state()["model"]) == []
     assert differing(run.state()["last_optimizer_state"], resumed.state()["last_optimizer_state"]) == []

@@ -129,7 +129,7 @@ def test_exact_noise_needs_codes_first() -> None:
     fairseq_qn.apply(model, recipe(kind="exact", p=0.5))
     with pytest.raises(
         ViewError,
-        match=r"^embed.weight: exact noise before its codebook was learned; call fairseq_qn.refresh",
+        match=r"^embed.weight: noise before its codes or ranges were learned; call fairseq_qn.refresh",
     ):
         model(IDS)
     model.eval()(IDS)

@@ -10,6 +10,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.5"],
     "hf": ["transformers>=4.40", "tokenizers>=0.19"],
     "hub": ["huggingface_hub>=0.23"],
+    "ans": ["constriction>=0.4"],  # entropy coding of what is packed
 }
 EXTRAS["all"] = sorted(sum(EXTRAS.values(), []))
 EXTRAS["oracle"] = ["faiss-cpu>=1.8"]  # k-means to compare ours with, in tests only

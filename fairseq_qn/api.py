@@ -144,20 +144,21 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Sequence[str] = (),
-         assets: Mapping[str, bytes] | None = None,
-         source: Mapping[str, Any] | None = None) -> SizeReport:  # fmt: skip
+         assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None,
+         coder: str | None = None) -> SizeReport:  # fmt: skip
     """Write the small file and report its size on disk.
 
     Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or
     float32.
     drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to carry along
     (BPE models).
-    source: how to rebuild the model; a qn_ model of fairseq knows by itself.
+    source: how to rebuild the model; a qn_ model of fairseq knows by itself. coder: "ans" codes what is
+    packed by how often each code occurs, where that is smaller; reading then takes the library constriction.
     Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file
     survives any of them.
     """
     content = content_of(
-        model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source
+        model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source, coder=coder
     )
     if waiting := unfrozen(model):
         raise UnsupportedError(
@@ -170,11 +171,12 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
 
 
 def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str] = (),
-                 assets: Mapping[str, bytes] | None = None,
-                 source: Mapping[str, Any] | None = None) -> int:  # fmt: skip
-    """Bytes that `save` will write, from shapes alone; frozen or not."""
+                 assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None,
+                 coder: str | None = None) -> int:  # fmt: skip
+    """Bytes that `save` will write, from shapes alone; frozen or not. With a coder, bytes at most."""
     recipe = _applied(model, "predict_size")
-    return content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source).size()
+    content = content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source, coder=coder)
+    return content.size()
 
 
 def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, *,

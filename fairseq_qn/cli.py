@@ -171,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out; default: what a classifier never asks",
     )
     sub.add_argument("--keep-head", action="store_true", help="keep a classifier's LM head (fill_mask)")
+    sub.add_argument(
+        "--coder",
+        choices=("ans",),
+        help="entropy coding, where it is smaller; needs the library constriction",
+    )
     _add_bpe(sub)
     sub.add_argument("--iterations", type=_count, default=20, help="iterations of k-means")
     sub.add_argument("--seed", type=int, help="of k-means; default: the training's")

@@ -57,7 +57,7 @@ def test_command_and_extras() -> None:
     scripts = {e.name: e.value for e in this.entry_points if e.group == "console_scripts"}
     assert scripts == {"fairseq-qn": "fairseq_qn.cli:main"}
     assert set(this.metadata.get_all("Provides-Extra")) == {
-        "all", "benchmark", "hf", "hub", "oracle", "plot", "tensorboard", "test",
+        "all", "ans", "benchmark", "hf", "hub", "oracle", "plot", "tensorboard", "test",
     }  # fmt: skip
 
 

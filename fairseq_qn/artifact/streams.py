@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fairseq_qn.artifact.ans import Ans
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError
 from fairseq_qn.schemes import SCHEMES
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Coder(Protocol):
-    """A lossless code of bytes."""
+    """A lossless code of packed codes of so many bits. Its name is that of one version of it."""
 
-    def encode(self, raw: Tensor) -> Tensor:
-        """uint8 [n] -> uint8 [m]."""
+    def encode(self, raw: Tensor, bits: int) -> Tensor:
+        """uint8 [n] -> uint8 [m]. Raises UnsupportedError where a library is missing."""
 
-    def decode(self, coded: Tensor, size: int) -> Tensor:
-        """uint8 [m] -> uint8 [size], of which it may not take more memory. Raises FormatError."""
+    def decode(self, coded: Tensor, size: int, bits: int) -> Tensor:
+        """uint8 [m] -> uint8 [size]. Raises FormatError."""
 
 
-CODERS: dict[str, Coder] = {}
+CODERS: dict[str, Coder] = {"ans": Ans()}
 
 
 def layout(entry: Entry, dtype: str = "float32") -> Specs:
@@ -54,23 +55,22 @@ def check(entry: Entry) -> str | None:
     return None
 
 
-def encoded(entry: Entry, parts: Mapping[str, Tensor]) -> tuple[Entry, dict[str, Tensor]]:
-    """(entry, parts) with each packed part by the coder that makes it smallest, or as it is."""
-    streams, result = {}, dict(parts)
-    for part in SCHEMES[entry["scheme"]].coded_parts:
-        for name, coder in CODERS.items():
-            coded = coder.encode(parts[part])
-            if len(coded) < len(result[part]):
-                result[part], streams[part] = coded, {"coder": name, "bytes": len(coded)}
+def encoded(entry: Entry, parts: Mapping[str, Tensor], coder: str) -> tuple[Entry, dict[str, Tensor]]:
+    """(entry, parts) with each packed part by this coder, where that makes it smaller."""
+    streams, result, scheme = {}, dict(parts), SCHEMES[entry["scheme"]]
+    for part in scheme.coded_parts:
+        coded = CODERS[coder].encode(parts[part], scheme.code_bits(entry))
+        if len(coded) < len(parts[part]):
+            result[part], streams[part] = coded, {"coder": coder, "bytes": len(coded)}
     return ({**entry, "streams": streams} if streams else entry), result
 
 
 def decoded(entry: Entry, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts that the scheme's layout asks for. Raises FormatError."""
-    result = dict(parts)
+    result, scheme = dict(parts), SCHEMES[entry["scheme"]]
     for part, stream in entry.get("streams", {}).items():
-        _, (size,) = SCHEMES[entry["scheme"]].layout(entry, "float32")[part]
-        result[part] = CODERS[stream["coder"]].decode(parts[part], size)
+        _, (size,) = scheme.layout(entry, "float32")[part]
+        result[part] = CODERS[stream["coder"]].decode(parts[part], size, scheme.code_bits(entry))
         if result[part].dtype != torch.uint8 or result[part].shape != (size,):
             raise FormatError(
                 f"{part}: expected {size} bytes, found {len(result[part])}; the file is damaged"

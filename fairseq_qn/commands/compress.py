@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if not source:
         source, assets = ours.text_of(args.checkpoint)
     drop = args.drop or ([] if args.keep_head else getattr(model, "qn_unused", list)())
-    saved = {"parts": args.parts, "drop": drop, "assets": assets, "source": source}
+    saved = {"parts": args.parts, "drop": drop, "assets": assets, "source": source, "coder": args.coder}
     api.predict_size(model, **saved)  # refuses, before k-means, what `save` would refuse after
     if args.seed is not None:
         for view in views_of(model):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.artifact import container, header, manifest, streams
+from fairseq_qn.artifact.streams import CODERS
 from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
 from fairseq_qn.modules.activations import activations_of
 from fairseq_qn.modules.kinds import kinds_of
@@ -40,6 +41,7 @@ class Content:
     views: dict[str, WeightView]  # by the name under which each is stored
     dense: dict[str, Tensor]
     files: dict[str, Tensor]  # `asset:<name>`, compressed, as they travel
+    coder: str | None = None  # of the packed parts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +61,7 @@ class Content:
 
     def size(self) -> int:
         """Bytes that the file will have: exactly, once every layer is frozen, else but for the digits of
-        exponents. Coders that choose their size make it smaller.
+        exponents. With a coder, which chooses its size, no more than that.
         """
         content = self._outline()
         return container.predict_bytes(self._specs(content), content)
@@ -93,7 +95,9 @@ class Content:
         """(manifest, tensors) of the file, once every layer is frozen and `check` has passed."""
         layers, exponents, tensors = {}, {}, {}
         for name, view in self.views.items():
-            entry, parts = streams.encoded(*view.scheme.encode(view.matrix, view, self.dtype))
+            entry, parts = view.scheme.encode(view.matrix, view, self.dtype)
+            if self.coder:
+                entry, parts = streams.encoded(entry, parts, self.coder)
             layers[name] = entry | _layout(view)
             tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         for name, tensor in self.dense.items():
@@ -128,8 +132,11 @@ class Content:
 def content_of(
     model: nn.Module, recipe: Recipe, *, parts: str = "float16", drop: Sequence[str] = (),
     assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None,
+    coder: str | None = None,
 ) -> Content:  # fmt: skip
-    """Decide what is stored under which name. Raises UnsupportedError for unknown `parts` or `drop`."""
+    """Decide what is stored under which name. Raises UnsupportedError for unknown options."""
+    if coder not in (None, *CODERS):
+        raise UnsupportedError(f"save: coder: expected one of {[*CODERS]}, found {coder!r}")
     if parts not in FLOATS:
         raise UnsupportedError(f"save: parts: expected one of {[*FLOATS]}, found {parts!r}")
     modules = dict(model.named_modules())
@@ -154,7 +161,7 @@ def content_of(
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
     return Content(
-        content, views, dense, {manifest.ASSET + name: data for name, (_, data) in packed.items()}
+        content, views, dense, {manifest.ASSET + name: data for name, (_, data) in packed.items()}, coder
     )
 
 

@@ -195,6 +195,11 @@ class Scheme(ABC):
         """
 
     @classmethod
+    def code_bits(cls, entry: Entry) -> int:
+        """Bits of a code in its coded parts, by which an entropy coder counts them; 8: bytes."""
+        return 8
+
+    @classmethod
     @abstractmethod
     def label(cls, entry: Entry) -> str:
         """In a few letters."""

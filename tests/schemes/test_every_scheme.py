@@ -258,10 +258,10 @@ def test_a_forged_entry_is_a_sentence_not_a_crash(name: str, data: st.DataObject
 class Zip:
     """A coder whose sizes nobody knows beforehand."""
 
-    def encode(self, raw: Tensor) -> Tensor:
+    def encode(self, raw: Tensor, bits: int) -> Tensor:
         return torch.frombuffer(bytearray(zlib.compress(raw.numpy().tobytes(), 9)), dtype=torch.uint8)
 
-    def decode(self, coded: Tensor, size: int) -> Tensor:
+    def decode(self, coded: Tensor, size: int, bits: int) -> Tensor:
         try:
             raw = zlib.decompressobj().decompress(coded.numpy().tobytes(), size)
         except zlib.error as error:
@@ -272,9 +272,7 @@ class Zip:
 @each_scheme
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_of_a_size_of_their_own(name: str, mode: str, tmp_path: Path) -> None:
-    """No coder comes with the package: with one, the same weights in fewer bytes; without it, refused by
-    name.
-    """
+    """With a coder, the same weights in fewer bytes; without it, refused by name."""
     model = frozen(name).eval()
     with torch.no_grad():
         for view in views_of(model):  # easy to compress
@@ -285,7 +283,7 @@ def test_streams_of_a_size_of_their_own(name: str, mode: str, tmp_path: Path) ->
     plain = fairseq_qn.save(model, tmp_path / "plain")
     CODERS["zip"] = Zip()
     try:
-        coded = fairseq_qn.save(model, tmp_path / "coded")
+        coded = fairseq_qn.save(model, tmp_path / "coded", coder="zip")
         entries = fairseq_qn.inspect(tmp_path / "coded")["layers"].values()
         assert any(entry.get("streams") for entry in entries) and coded.parts["codes"] < plain.parts["codes"]
         versions = [fairseq_qn.inspect(tmp_path / name)["version"] for name in ("plain", "coded")]
@@ -295,5 +293,5 @@ def test_streams_of_a_size_of_their_own(name: str, mode: str, tmp_path: Path) ->
         assert torch.equal(found, fairseq_qn.load(tmp_path / "plain", mode, Net(2))(IDS))
     finally:
         del CODERS["zip"]
-    with pytest.raises(FormatError, match=r"streams\.\w+\.coder: expected one of \[\], found 'zip'"):
+    with pytest.raises(FormatError, match=r"streams\.\w+\.coder: expected one of \['ans'\], found 'zip'"):
         fairseq_qn.load(tmp_path / "coded", mode, Net(1))

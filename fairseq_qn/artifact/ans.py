@@ -7,6 +7,7 @@ the library constriction.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -66,10 +67,9 @@ def _model(library: ModuleType, shares: np.ndarray) -> object:
 
 def _library(error: type[Exception]) -> ModuleType:
     try:
-        import constriction
+        return import_module("constriction")
     except ImportError:
         raise error("ans: needs the library constriction; pip install constriction") from None
-    return constriction
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BATCH = 64  # sentences
+
+
+def token_ids(words: Any, pieces: str) -> Tensor:
+    """Ids [length] of pieces, joined by spaces, in fairseq's dictionary: what its `encode_line` gives in
+    eight times as long, since it writes into a tensor piece by piece.
+    """
+    return torch.tensor([words.index(piece) for piece in pieces.split()], dtype=torch.int64)
 
 
 def batches(tokens: Sequence[Tensor], size: int, pad: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError
-from fairseq_qn.models.batches import BATCH, batches, shortened
+from fairseq_qn.models.batches import BATCH, batches, shortened, token_ids
 from fairseq_qn.models.describe import FILLER, label_names
+from fairseq_qn.models.first_token import first_token
 from fairseq_qn.modules.dropped import Dropped
 
 Example = str | tuple[str, ...]  # a sentence, or a pair
@@ -38,7 +39,9 @@ class QNRobertaHub(RobertaHubInterface):
         model.
         """
         self._need_bpe("encode")
-        return super().encode(sentence, *addl_sentences, no_separator=no_separator)
+        between = " </s> " if no_separator else " </s> </s> "
+        pieces = between.join(map(self.bpe.encode, (sentence, *addl_sentences)))
+        return token_ids(self.task.source_dictionary, f"<s> {pieces} </s>")
 
     def encode_cut(self, *sentences: str) -> tuple[Tensor, bool]:
         """(token ids, whether they were cut to the model's positions): the longest of several sentences
@@ -81,7 +84,7 @@ class QNRobertaHub(RobertaHubInterface):
                 "fill_mask: the model's dictionary has no <mask>; it was not trained to fill one"
             )
         pieces = " <mask> ".join(self.bpe.encode(part.rstrip()) for part in parts)
-        tokens = words.encode_line(f"<s> {pieces} </s>", append_eos=False, add_if_not_exist=False).long()
+        tokens = token_ids(words, f"<s> {pieces} </s>")
         self.need_room(tokens)
         return tokens
 
@@ -182,6 +185,18 @@ class QNRobertaHub(RobertaHubInterface):
         """
         self.need_room(tokens)
         return super().extract_features(tokens, return_all_hiddens)
+
+    def predict(self, head: str, tokens: Tensor, return_logits: bool = False) -> Tensor:
+        """What a head gives [batch, outputs] for ids [batch, length] or [length], as fairseq's, but that the
+        last layer computes for `<s>` alone, which heads read. Raises UnsupportedError for too many tokens.
+        """
+        if self.model.training:
+            return super().predict(head, tokens, return_logits)
+        self.need_room(tokens)
+        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+        features = first_token(self.model.encoder.sentence_encoder, tokens.to(self.device))
+        logits = self.model.classification_heads[head](features)
+        return logits if return_logits else logits.log_softmax(-1)
 
     def regress(
         self, *sentences: str | list[Example], head: str | None = None, batch: int = BATCH

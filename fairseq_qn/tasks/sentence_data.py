@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fairseq_qn.errors import DataError
 from fairseq_qn.interop.tsv import Row, values
+from fairseq_qn.models.batches import token_ids
 
 _RESERVED = re.compile(r"<(s|pad|/s|unk|mask)>|madeupword\d{4,}")  # names that fairseq's dictionaries use
 _SPECIALS = {1: 2, 2: 4}  # <s> a </s>, or <s> a </s> </s> b </s>
@@ -127,8 +128,7 @@ def write_sets(
 
 
 def _ids(dictionary: Dictionary, encode: Any, text: str) -> Tensor:
-    ids = dictionary.encode_line(encode(text), append_eos=False, add_if_not_exist=False)
-    return ids[: 1 << 16]  # a line of megabytes
+    return token_ids(dictionary, encode(text))[: 1 << 16].int()  # of a line of megabytes
 
 
 def _cut(ids: list[Tensor], room: int) -> list[Tensor]:

@@ -53,6 +53,14 @@ called again it goes on.
 """
 
 
+LATER = (
+    "torch", "numpy", "fairseq_qn.quant.reading",  # which a header or a recipe can be read without
+    # with which fairseq loads scikit-learn and scipy, a quarter of what `predict` loads
+    "fairseq.criterions.sentence_prediction", "fairseq.criterions.sentence_prediction_adapters",
+    "fairseq.tasks.audio_classification",
+)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     try:
@@ -67,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    postpone("torch", "numpy", "fairseq_qn.quant.reading")  # what reads a header or a recipe needs none
+    if argv is None:  # a program of its own
+        postpone(*LATER)
     try:
         if getattr(args, "recipe", None):
             from fairseq_qn.recipe import Recipe

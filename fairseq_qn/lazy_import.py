@@ -1,5 +1,5 @@
-"""Modules that are loaded when something is first asked of them: torch takes a second, which what reads a
-header or a recipe alone need not wait for.
+"""Modules that are loaded when something is first asked of them: torch takes a second, for which what reads
+a header or a recipe alone need not wait.
 
 importlib.util.LazyLoader loads at the second `import` of a module already, which asks for its __spec__.
 """
@@ -7,15 +7,49 @@ importlib.util.LazyLoader loads at the second `import` of a module already, whic
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec, module_from_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 
-class _Lazy(ModuleType):
-    """A module without contents, until it is asked for any: then the module itself, the same object."""
+def postpone(*names: str) -> None:
+    """From now on, `import` of these leaves an empty module, which fills when an attribute of it, or a
+    submodule, is asked for.
+    """
+    sys.meta_path.insert(0, _Finder(names))
 
+
+class _Finder(MetaPathFinder):
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = {*names}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """As the other finders, but for the loader."""
+        if name not in self.names:
+            return None
+        self.names.remove(name)  # so that this finder does not find it itself
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Later(spec.loader)
+        return spec
+
+
+class _Later(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave it empty."""
+        module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
+        vars(module).pop("__path__", None)  # for which the import of a submodule asks
+        module.__class__ = _Empty
+
+
+class _Empty(ModuleType):
     def __getattr__(self, name: str) -> Any:
+        """Become the module itself, the same object."""
         spec: Any = self.__spec__
         self.__class__ = ModuleType
         if spec.submodule_search_locations is not None:
@@ -23,18 +57,6 @@ class _Lazy(ModuleType):
         try:
             spec.loader.exec_module(self)
         except BaseException:
-            sys.modules.pop(self.__name__, None)
+            sys.modules.pop(spec.name, None)
             raise
         return getattr(self, name)
-
-
-def postpone(*names: str) -> None:
-    """Let `import` of these leave an empty module that fills when an attribute of it, or a submodule, is
-    asked for. Those that are loaded, or not installed, stay so.
-    """
-    for name in names:
-        if name not in sys.modules and (spec := find_spec(name)) is not None:
-            module = module_from_spec(spec)
-            vars(module).pop("__path__", None)  # which the import of a submodule asks for
-            module.__class__ = _Lazy
-            sys.modules[name] = module

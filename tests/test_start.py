@@ -26,8 +26,9 @@ def loaded_by(words: list[str], cwd: Path) -> tuple[int, list[str]]:
     code = f"""
 import json, sys
 from fairseq_qn.cli import main
+sys.argv = ["fairseq-qn", *{words!r}]
 try:
-    status = main({words!r})
+    status = main()
 except SystemExit as stop:
     status = stop.code
 print()
@@ -94,6 +95,35 @@ for _ in range(2):
         assert str(error) == "not today" and "failing" not in sys.modules
     else:
         raise AssertionError
+"""
+    fresh(code, tmp_path)
+
+
+def test_fairseq_without_scikit_learn(tmp_path: Path) -> None:
+    """The program leaves out what fairseq needs it for, until that is asked for."""
+    code = """
+import sys
+from fairseq_qn.cli import LATER
+from fairseq_qn.lazy_import import postpone
+postpone(*LATER)
+import fairseq_qn.hub
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
+assert "qn_sentence_prediction" in TASK_REGISTRY and "quantization_aware" in CRITERION_REGISTRY
+assert not {"sklearn", "scipy"} & {*sys.modules} and "sentence_prediction" not in CRITERION_REGISTRY
+from fairseq.criterions.sentence_prediction import SentencePredictionCriterion as criterion
+assert CRITERION_REGISTRY["sentence_prediction"] is criterion and "sklearn" in sys.modules
+"""
+    fresh(code, tmp_path)
+
+
+def test_another_program_keeps_its_imports(tmp_path: Path) -> None:
+    """main with words of its own, in a program that may go on with torch and fairseq."""
+    code = f"""
+import sys
+from fairseq_qn.cli import main
+before = [*sys.meta_path]
+assert main(["inspect", {str(GOLDEN)!r}]) == 0 and sys.meta_path == before and "torch._C" in sys.modules
 """
     fresh(code, tmp_path)
 

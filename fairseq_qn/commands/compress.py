@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
         count = sum(report.stage in unreached for report in reports)
         print(
             f"fairseq-qn: {args.checkpoint}: the training did not reach stages {', '.join(unreached)}: "
-            f"{count} layers frozen "
-            "here, with no training after; take a later checkpoint, or train on",
+            f"{count} layers frozen here, with no training after; take a later checkpoint, or train on",
             file=sys.stderr,
         )
     size = api.save(model, args.output, **saved)

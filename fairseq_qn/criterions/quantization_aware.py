@@ -138,8 +138,7 @@ class QuantizationAwareCriterion(FairseqCriterion):
         if not answers:
             raise UnsupportedError(
                 f"quantization_aware: {self.wrapped_class.__name__} never called its model in training, so "
-                "there is nothing "
-                "to distil; drop --teacher-checkpoint"
+                "there is nothing to distil; drop --teacher-checkpoint"
             )
         total = answers[0][0].new_zeros((), dtype=torch.float32)
         for student, target in answers:
@@ -218,8 +217,7 @@ def _logits(output: Any, model: nn.Module, asked: dict[str, Any]) -> Tensor:
         kind = "features" if features else type(found).__name__
         raise UnsupportedError(
             f"quantization_aware: distillation needs logits from each call of {type(model).__name__}, found "
-            f"{kind}; "
-            "drop --teacher-checkpoint, or wrap a criterion that asks for logits alone"
+            f"{kind}; drop --teacher-checkpoint, or wrap a criterion that asks for logits alone"
         )
     return found
 

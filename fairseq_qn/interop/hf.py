@@ -151,8 +151,7 @@ def _check_config(config: dict, where: Path) -> None:
         if config.get(name) not in allowed:
             raise UnsupportedError(
                 f"{where}: expected {name} to be {' or '.join(map(str, allowed))}, found "
-                f"{config.get(name)}; "
-                "only encoders that fairseq's roberta can express are imported"
+                f"{config.get(name)}; only encoders that fairseq's roberta can express are imported"
             )
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
              "max_position_embeddings", "type_vocab_size")  # fmt: skip
@@ -162,8 +161,7 @@ def _check_config(config: dict, where: Path) -> None:
     if config["hidden_size"] % config["num_attention_heads"]:
         raise FormatError(
             f"{where}: expected hidden_size {config['hidden_size']} to be a multiple of "
-            "num_attention_heads, "
-            f"found {config['num_attention_heads']}"
+            f"num_attention_heads, found {config['num_attention_heads']}"
         )
 
 
@@ -173,8 +171,7 @@ def _read_tensors(folder: Path) -> Tensors:
         if (folder / "pytorch_model.bin").is_file():
             raise UnsupportedError(
                 f"{folder}: expected model.safetensors, found pytorch_model.bin, a pickle, which can run "
-                "code; "
-                "convert it where you trust it: transformers' save_pretrained writes safetensors"
+                "code; convert it where you trust it: transformers' save_pretrained writes safetensors"
             )
         raise FormatError(
             f"{path}: expected one file of weights, found none (sharded folders: save them as one file)"

@@ -15,7 +15,7 @@ HEAD = "classification_heads.sentence_classification_head."
 
 # (Hugging Face, fairseq, shape of .weight, shape of .bias)
 EMBEDDINGS = [
-    ("embeddings.LayerNorm", ENC + "layernorm_embedding", "d", "d"),
+    ("embeddings.LayerNorm", ENC + "layernorm_embedding", "d", "d")
     # word, position and token-type tables are no plain copies: see hf.py
 ]
 LAYER = [

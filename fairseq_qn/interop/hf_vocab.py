@@ -111,14 +111,12 @@ def check_rows(vocabulary: Vocabulary, config: dict, folder: Path) -> None:
     if needed > n_rows:
         raise MismatchError(
             f"{folder}: the vocabulary expects an embedding of at least {needed} rows, found vocab_size "
-            f"{n_rows} in "
-            "config.json; the vocabulary is of another model"
+            f"{n_rows} in config.json; the vocabulary is of another model"
         )
     if config.get("pad_token_id", vocabulary.pad) != vocabulary.pad:
         raise MismatchError(
             f"{folder}: the vocabulary expects pad_token_id {vocabulary.pad}, found "
-            f"{config['pad_token_id']} in "
-            "config.json; make them agree"
+            f"{config['pad_token_id']} in config.json; make them agree"
         )
 
 

@@ -133,8 +133,7 @@ BPES: dict[str, dict[str, OptionType]] = {
 _LANGUAGE = OneOf(
     tuple(
         "as bn ca cs de el en es et fi fr ga gu hi hu is it kn lt lv ml mni mr nl or pa pl pt ro ru sk sl "
-        "sv "
-        "ta tdt te yue zh".split()
+        "sv ta tdt te yue zh".split()
     )
 )
 TOKENIZERS: dict[str, dict[str, OptionType]] = {

@@ -72,9 +72,7 @@ def load_interface(
 
 
 def checkpoint_interface(
-    path: str | Path,
-    data: str | None = None,
-    bpe: tuple[Mapping[str, Any], Mapping[str, bytes]] = ({}, {}),
+    path: str | Path, data: str | None = None, bpe: tuple[Mapping[str, Any], Mapping[str, bytes]] = ({}, {})
 ) -> Any:
     """The same of a fairseq checkpoint, a stock one too. data: where its dictionaries are now; bpe: what
     carry_bpe gives.

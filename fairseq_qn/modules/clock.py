@@ -87,9 +87,8 @@ class Clock:
         if found is None:
             raise ViewError(
                 "a weight is computed again in backward, and of which pass cannot be told: checkpoint what "
-                "a called module "
-                "does whose output the loss depends on, or call fairseq_qn.set_update(model, n) before each "
-                "pass"
+                "a called module does whose output the loss depends on, or call "
+                "fairseq_qn.set_update(model, n) before each pass"
             )
         return found
 

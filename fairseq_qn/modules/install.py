@@ -134,8 +134,7 @@ def _replicate(self: nn.Module) -> nn.Module:
 def _script(self: nn.Module) -> nn.Module:
     raise UnsupportedError(
         f"{type(self).__name__}: torch.jit cannot script a view; save the model with fairseq_qn.save and "
-        "script what "
-        "fairseq_qn.load gives"
+        "script what fairseq_qn.load gives"
     )
 
 

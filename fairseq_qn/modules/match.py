@@ -172,8 +172,7 @@ def _check_used(recipe: Recipe, used: set[object], stages: set[str], groups: lis
         if pattern not in used:
             raise NoLayerMatched(
                 f"keep {pattern!r}: no module with weights has such a name, or an earlier line has them "
-                "all; "
-                f"quantisable layers: {shown}"
+                f"all; quantisable layers: {shown}"
             )
     for stage in recipe.stages:
         if stage.name not in stages:

@@ -159,12 +159,7 @@ def _build(file: File) -> nn.Module:
         return _BUILDERS[kind](source, file.assets, file.names)
 
 
-def _fill(
-    model: nn.Module,
-    layers: Mapping[str, Stored],
-    content: Mapping[str, Any],
-    packed: bool,
-) -> None:
+def _fill(model: nn.Module, layers: Mapping[str, Stored], content: Mapping[str, Any], packed: bool) -> None:
     """Fill a model that check_fits has passed, in place. On the meta device it gets its tensors here."""
     ties, entries = content["ties"], content["layers"]
     tied = {first: others for first, *others in ties}

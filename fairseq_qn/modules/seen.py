@@ -14,8 +14,7 @@ from fairseq_qn.errors import UnsupportedError, ViewError
 
 REPARAMETRISED = (
     "weight_norm, spectral_norm, parametrize and prune take the Parameter away that a view reads; do "
-    "without them here, "
-    "or keep this layer dense"
+    "without them here, or keep this layer dense"
 )
 # Methods that end in _ and do not write to the values.
 _HARMLESS = {"requires_grad_", "detach_", "retain_grad", "share_memory_", "rename_"}
@@ -26,8 +25,7 @@ _WRITERS = [n for n in dir(Tensor) if n.endswith("_") and not n.startswith("_") 
 _WRITERS += ["__setitem__", *_OPERATORS]
 _VIEWS = (
     "detach view view_as reshape flatten unflatten t transpose permute swapaxes movedim squeeze unsqueeze "
-    "narrow "
-    "select expand expand_as diagonal unfold __getitem__"
+    "narrow select expand expand_as diagonal unfold __getitem__"
 ).split()
 
 
@@ -37,8 +35,7 @@ def _refuse(seen: Tensor, what: str) -> NoReturn:
         raise UnsupportedError(f"{name}: {REPARAMETRISED}")
     raise ViewError(
         f"{name}: {what} writes to what a view gave to read, which no Parameter sees; write to the stored "
-        "one, "
-        f"model.get_parameter({name!r}), or to a clone"
+        f"one, model.get_parameter({name!r}), or to a clone"
     )
 
 

@@ -104,10 +104,7 @@ class Frozen:
 
 
 def freeze_due(
-    model: nn.Module,
-    stages: Iterable[str],
-    iterations: int,
-    progress_of: Callable[[str], Progress | None],
+    model: nn.Module, stages: Iterable[str], iterations: int, progress_of: Callable[[str], Progress | None]
 ) -> Iterator[Frozen]:
     """Freeze those of the stages that are not frozen yet, one at a time.
 

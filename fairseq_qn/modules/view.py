@@ -219,8 +219,7 @@ class WeightView:
     def _untimed(self, *_: Tensor) -> None:
         raise ViewError(
             f"{self.name}: trained by reads outside of any module's call, whose noise nothing moves on; "
-            "call the module that "
-            "reads it, not its forward, or fairseq_qn.follow(model, optimizer), or "
+            "call the module that reads it, not its forward, or fairseq_qn.follow(model, optimizer), or "
             "fairseq_qn.set_update(model, n)"
         )
 

@@ -213,8 +213,7 @@ def _refuse_unsupported(cfg: Any) -> None:
     if elsewhere(cfg, "ema.store_ema"):
         raise UnsupportedError(
             "--store-ema: fairseq averages every tensor of the state dict, codes included; averaging codes "
-            "means nothing. "
-            "Train without --store-ema"
+            "means nothing. Train without --store-ema"
         )
     if elsewhere(cfg, "distributed_training.ddp_backend") == "fully_sharded":
         raise UnsupportedError(

@@ -56,8 +56,7 @@ def check_ends(due: Boundaries, config: Any) -> None:
         elif to_zero and unit == "update" and at >= decayed:
             raise RecipeError(
                 f"stage {stage}: update {at}: the learning rate is 0 from update {decayed:g} on, so nothing "
-                "would be "
-                "trained after the stage; freeze it earlier, or raise --total-num-update"
+                "would be trained after the stage; freeze it earlier, or raise --total-num-update"
             )
 
 

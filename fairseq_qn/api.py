@@ -108,9 +108,7 @@ def unfrozen(model: nn.Module) -> list[str]:
 
 
 def refresh(model: nn.Module, *, progress: Progress | None = None) -> list[LayerReport]:
-    """Learn the codebooks of exact noise from the present weights. A no-op where no rule uses exact
-    noise.
-    """
+    """Learn the codebooks of exact noise from the present weights; a no-op without exact noise."""
     _applied(model, "refresh")
     return refresh_views(list(views_of(model)), progress=progress)
 

@@ -77,6 +77,4 @@ class UnsupportedError(QNError):
 
 
 class EncodeError(QNError, ValueError):
-    """Data that the small file cannot hold: a code too wide for its bits, a manifest that is not plain
-    data.
-    """
+    """Data that the small file cannot hold: a code too wide for its bits, no plain data."""

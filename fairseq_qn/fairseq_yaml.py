@@ -51,9 +51,7 @@ def from_fairseq_yaml(data: Mapping[str, Any]) -> dict[str, Any]:
 def _cases(
     entries: Mapping[str, Any], module: str, where: str = "n_centroids"
 ) -> list[tuple[str, dict[str, Any], int]]:
-    """(part of the name, attributes, value) of one {key, value} entry; the "*" case last, so that the first
-    match wins.
-    """
+    """(part of the name, attributes, value) of a {key, value} entry; "*" last: the first match wins."""
     entry = mapping(entries[module], f"{where}.{module}")
     if not isinstance(entry.get("key"), str) or not isinstance(entry.get("value"), Mapping):
         raise RecipeError(f"{where}.{module}: expected {{key: NAME, value: {{...}}}}, found {entry!r}")

@@ -1,6 +1,4 @@
-"""What fairseq users import by name: the models, loading by name, and what the command line does with
-checkpoints.
-"""
+"""What fairseq users import by name: the models, loading by name, what commands do with checkpoints."""
 
 from __future__ import annotations
 

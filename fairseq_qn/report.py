@@ -73,9 +73,7 @@ class SizeReport:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is in a file, as plain data, from its header alone: the manifest, and `size`, a SizeReport as
-    data.
-    """
+    """What is in a file, from its header alone: the manifest, and `size`, a SizeReport as data."""
     content = container.read_manifest(path)
     manifest.check(content, str(path))
     return {**content, "size": SizeReport.of(path, content).to_dict()}
@@ -87,9 +85,7 @@ def mb(size: float) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], heads: Sequence[str], width: int = 80) -> str:
-    """Rows under heads, numbers to the right; the first column gives way, in its middle, to keep within
-    `width`.
-    """
+    """Rows under heads, numbers to the right; the first column is cut in its middle to keep to `width`."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(heads), *cells]) for i in range(len(heads))]
     widths[0] = min(widths[0], max(8, width - sum(widths[1:]) - 2 * (len(heads) - 1)))

@@ -182,17 +182,13 @@ def decode(file: BinaryIO, path: PathLike) -> tuple[dict[str, Any], dict[str, Sp
 
 
 def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") -> FormatError:
-    """A FormatError of one line. `todo` is what the user can do, if it is not to fetch or save the file
-    again.
-    """
+    """A FormatError of one line. todo: what the user can do, if not to fetch or save the file again."""
     todo = todo or "damaged, or not of fairseq_qn: fetch or save it again"
     return FormatError(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}")
 
 
 def short(value: Any) -> str:
-    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size and
-    depth.
-    """
+    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size."""
     text = _REPR.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -10,9 +10,7 @@ MAX_DEPTH = 64  # of lists in lists
 
 
 def dumps(data: Any) -> str:
-    """Canonical text: keys sorted, no spaces. Raises: ValueError, TypeError, RecursionError for what is not
-    plain data.
-    """
+    """Canonical text. Raises ValueError, TypeError, RecursionError for what is not plain data."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

@@ -1,6 +1,4 @@
-"""Answers against labels: shares and correlations. Plain lists of numbers or names; percent where it says
-so.
-"""
+"""Answers against labels: shares and correlations of plain lists; percent where it says so."""
 
 from __future__ import annotations
 

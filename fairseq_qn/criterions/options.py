@@ -15,9 +15,7 @@ _GROUPS = ("${common.", "${optimization.", "${distributed_training.")
 
 
 def with_wrapped_options(config: type[FairseqDataclass]) -> type[FairseqDataclass]:
-    """`config` with the fields of all registered criterions that have a default; where two differ, the first
-    by name.
-    """
+    """`config` with the fields, of those with a default, of all criterions; the first by name wins."""
     found: dict[str, tuple[type, Field]] = {}
     for name in sorted(CRITERION_DATACLASS_REGISTRY):
         for f in fields(CRITERION_DATACLASS_REGISTRY[name]):

@@ -1,6 +1,4 @@
-"""quantization_aware: any registered criterion, with distillation from a teacher and the figures of
-quantisation logged.
-"""
+"""quantization_aware: any criterion, with distillation from a teacher and the figures of quantisation."""
 
 # No `annotations` future here: fairseq and omegaconf read the types of the dataclass fields.
 import logging

@@ -244,9 +244,7 @@ def _permute(table: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
 def _lm_head(
     state: Tensors, take: Take, left: Tensors, config: dict, vocabulary: Vocabulary, words: torch.Tensor
 ) -> tuple[str, bool]:
-    """Fill the masked-LM head of `state`; returns how, and whether its projection is untied from the
-    embedding.
-    """
+    """Fill the masked-LM head of `state`; returns how, and whether its projection is untied."""
     kind, d = config["model_type"], config["hidden_size"]
     state[keys.LM + "weight"] = words  # the same tensor: torch.save stores it once
     if keys.LM_BIAS[kind] not in left:

@@ -104,9 +104,7 @@ def gpt2_vocabulary(vocab: str, merges: str, where: Path) -> Vocabulary:
 
 
 def check_rows(vocabulary: Vocabulary, config: dict, folder: Path) -> None:
-    """Raises MismatchError where config.json has fewer rows than the vocabulary, or another padding
-    token.
-    """
+    """Raise MismatchError where config.json has too few rows, or another padding token."""
     needed, n_rows = max(vocabulary.rows) + 1, config["vocab_size"]
     if needed > n_rows:
         raise MismatchError(

@@ -1,3 +1,1 @@
-"""Fast paths. Each is defined by plain torch code elsewhere, is optional, and gives the same results to
-rounding.
-"""
+"""Fast paths, all optional. Plain torch code elsewhere defines each; results agree to rounding."""

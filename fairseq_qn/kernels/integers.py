@@ -1,6 +1,4 @@
-"""Integers to weights, and integer noise (integers.c), where it could be compiled. Defined by
-quant/integer.py, to the bit.
-"""
+"""Integers to weights, and integer noise (integers.c). quant/integer.py defines both, to the bit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Product with a weight that stays codes (lookup.c), where it could be compiled: F.linear(x, decode(codes,
-codebook)).
-"""
+"""F.linear(x, decode(codes, codebook)) of codes that stay codes (lookup.c)."""
 
 from __future__ import annotations
 
@@ -70,8 +68,6 @@ def linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = Non
 
 
 def _chunk(out: int, tiles: int, threads: int) -> int:
-    """Outputs of a piece, a multiple of 16: all, unless threads would stand idle or the sums outgrow the
-    cache.
-    """
+    """Outputs of a piece, a multiple of 16: all, unless threads stand idle or the sums outgrow the cache."""
     parts = threads if tiles % threads and tiles < 4 * threads else 1
     return min(_CHUNK, 16 * -(-out // (16 * parts)))

@@ -1,6 +1,4 @@
-"""The compiled steps of k-means (nearest.c), where installation could compile them. Defined by
-quant/kmeans.py.
-"""
+"""The compiled steps of k-means (nearest.c). quant/kmeans.py defines them."""
 
 from __future__ import annotations
 
@@ -77,9 +75,7 @@ def assign(
 
 
 def accumulate(x: Tensor, codes: Tensor, n_centroids: int) -> tuple[Tensor, Tensor]:
-    """Sums fp64 [K, d] of the rows of each code, and their counts int64 [K]; x fp32 [n, d], codes int32
-    [n].
-    """
+    """Sums fp64 [K, d] of the rows of each code, counts int64 [K]; x fp32 [n, d], codes int32 [n]."""
     return _run(None, x.contiguous(), None, codes.contiguous(), n_centroids, 0)
 
 
@@ -114,7 +110,5 @@ def _run(
 
 
 def _step(n: int, k: int) -> int:
-    """Blocks in a piece of work: whole tiles, and so many that the sums of all pieces stay smaller than the
-    blocks.
-    """
+    """Blocks in a piece of work: whole tiles, and so many that all sums stay smaller than the blocks."""
     return TILE * max(1, -(-n // (TILE * max(1, min(_PIECES, n // k)))))

@@ -1,6 +1,4 @@
-"""The BPE and the tokenizer that travel inside a small file: which, with which options, and from whose
-files.
-"""
+"""The BPE and the tokenizer that travel inside a small file, with their options and files."""
 
 from __future__ import annotations
 
@@ -117,9 +115,7 @@ def checked_text(source: Mapping[str, Any], assets: Mapping[str, Any]) -> dict[s
 def unpacked(
     text: Mapping[str, dict[str, Any] | None], assets: Mapping[str, bytes]
 ) -> Iterator[dict[str, Any]]:
-    """What checked_text gave, with paths for the names of assets; the files lie there, under names of
-    ours, until the end.
-    """
+    """What checked_text gave, with paths for assets, which lie there, under names of ours, until the end."""
     with tempfile.TemporaryDirectory() as folder:
         result = dict(text)
         if text["bpe"] is not None:
@@ -135,9 +131,7 @@ def unpacked(
 
 
 class Guarded:
-    """A BPE whose model came out of a file: what a model that does not hang together makes it raise is a
-    FormatError.
-    """
+    """A BPE whose model came out of a file: whatever it raises is a FormatError."""
 
     def __init__(self, bpe: Any, path: str | Path) -> None:
         self.inner, self.path = bpe, path

@@ -82,9 +82,7 @@ def text_of(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote, mapped, without unpickling anything but plain data and tensors. Raises
-    FormatError.
-    """
+    """What torch.save wrote, mapped: plain data and tensors alone. Raises FormatError."""
     if Path(path).is_dir():
         todo = "name its .pt file" + (
             " or fairseq-qn import-hf it" if (Path(path) / "config.json").is_file() else ""
@@ -116,9 +114,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def configuration(state: Mapping[str, Any], path: str) -> DictConfig:
-    """The `model` and `task` of a checkpoint under our names, as fairseq hands them out: only what the
-    tables let through.
-    """
+    """The `model` and `task` of a checkpoint under our names: only what the tables let through."""
     args, config = state.get("args"), state.get("cfg")
     whole = isinstance(config, Mapping)
     given = {
@@ -193,9 +189,7 @@ def _mapping(options: Any) -> Mapping[str, Any] | None:
 
 
 def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Module | None:
-    """The model with the checkpoint's weights; None if something that it does not hold was to be drawn, and
-    was not.
-    """
+    """The model with the checkpoint's weights; None if something that it lacks was left undrawn."""
     undrawn = Undrawn()
     with nullcontext() if draw else undrawn:
         known = "from_checkpoint" in inspect.signature(task.build_model).parameters

@@ -14,9 +14,7 @@ def config_of(task: Any) -> Any:
 
 
 def remember(config: Namespace | DictConfig, group: str, key: str, value: Any) -> None:
-    """Set an option here and in the trainer's configuration, of which fairseq may have handed out a merged
-    copy.
-    """
+    """Set an option here and in the trainer's configuration, of which this may be a merged copy."""
     setattr(config, key, value)
     whole = _whole(config)
     if whole is not None and OmegaConf.is_config(whole.get(group)):

@@ -56,9 +56,7 @@ def describe(cls: type, args: Any, task: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def checked(source: Mapping[str, Any], error: Refusal = FormatError) -> dict[str, Any]:
-    """What the table of options lets through of a source: all that fairseq is ever given. Raises `error`, by
-    name.
-    """
+    """What the table of options lets through of a source: all that fairseq ever gets. Raises `error`."""
     result: dict[str, Any] = {"builder": "fairseq"}
     for part, tables in (("model", MODELS), ("task", TASKS)):
         given = source.get(part)
@@ -186,9 +184,7 @@ def build_model(source: Mapping[str, Any], task: Any, stored: Iterable[str]) -> 
 
 @contextmanager
 def fairseq_refuses(where: str, *passed: type[BaseException]) -> Iterator[None]:
-    """Whatever fairseq raises for options that are legal each, and do not fit one another, as a
-    FormatError.
-    """
+    """Whatever fairseq raises for options that are legal each, but not together, as a FormatError."""
     try:
         yield
     except (QNError, *passed):

@@ -25,9 +25,7 @@ Filled = list[tuple[str, float, str]]  # [(sentence, probability, token)], likew
 
 
 class QNRobertaHub(RobertaHubInterface):
-    """fairseq's RoBERTa interface (encode, decode, predict, fill_mask, extract_features), with the names of
-    the labels.
-    """
+    """fairseq's RoBERTa interface (encode, predict, fill_mask, ...), with the names of the labels."""
 
     @classmethod
     def of(cls, model: nn.Module, task: Any, text: Mapping[str, Any]) -> QNRobertaHub:
@@ -35,9 +33,7 @@ class QNRobertaHub(RobertaHubInterface):
         return cls(_config(text, OmegaConf.create()), task, model)
 
     def encode(self, sentence: str, *addl_sentences: str, no_separator: bool = False) -> Tensor:
-        """Token ids [length] of a sentence or of several. Raises UnsupportedError if the file carries no BPE
-        model.
-        """
+        """Token ids [length] of a sentence or of several. Raises UnsupportedError without a BPE."""
         self._need_bpe("encode")
         between = " </s> " if no_separator else " </s> </s> "
         pieces = between.join(map(self.bpe.encode, (sentence, *addl_sentences)))
@@ -143,15 +139,11 @@ class QNRobertaHub(RobertaHubInterface):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes of the first head, in the order of its logits; numbers where the file has no
-        names for them.
-        """
+        """Names of the classes of the first head, in the order of its logits; numbers without names."""
         return self.labels_of(None) if self._heads() else []
 
     def labels_of(self, head: str | None) -> list[str]:
-        """Names of a head's classes, likewise. The label dictionary is of the head that the task trained,
-        and of no other.
-        """
+        """Names of a head's classes, likewise. The label dictionary is of the head that the task trained."""
         head = self.head_of(head)
         count = self.model.classification_heads[head].out_proj.out_features
         dictionary = getattr(self.task, "label_dictionary", None)
@@ -180,9 +172,7 @@ class QNRobertaHub(RobertaHubInterface):
         return answers if many else answers[0]
 
     def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Any:
-        """Features [batch, length, size], or those of each layer. Raises UnsupportedError for more tokens
-        than positions.
-        """
+        """Features [batch, length, size], or of each layer. Raises UnsupportedError for too many tokens."""
         self.need_room(tokens)
         return super().extract_features(tokens, return_all_hiddens)
 

@@ -1,6 +1,4 @@
-"""What an option may be: a flag, a number within bounds, one of a few words, ... and never code, a path or
-an interpolation.
-"""
+"""What an option may be: a flag, a number within bounds, ...; never code or an interpolation."""
 
 from __future__ import annotations
 

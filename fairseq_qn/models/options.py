@@ -157,9 +157,7 @@ FALLBACKS = {
 def take(
     table: Mapping[str, OptionType], values: Any, where: str, error: Refusal = FormatError
 ) -> dict[str, Any]:
-    """The options that the table knows, checked; None stands for fairseq's default. Raises `error`, by
-    name.
-    """
+    """The options that the table knows, checked; None is fairseq's default. Raises `error`, by name."""
     if not isinstance(values, Mapping):
         raise error(f"{where}: expected options by name, found {short(values)}")
     found = {}

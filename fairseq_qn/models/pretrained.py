@@ -41,9 +41,7 @@ def find_file(path: str | Path) -> Path:
 
 
 def load_any(path: str | Path, data: str | None = None) -> nn.Module:
-    """A model from a small file or from a fairseq checkpoint; `data`: where the checkpoint's dictionaries
-    are now.
-    """
+    """A model from a small file or a fairseq checkpoint; data: where the latter's dictionaries are now."""
     return api.load(find_file(path)) if is_small(path) else load_checkpoint(path, data)[0]
 
 
@@ -74,9 +72,7 @@ def load_interface(
 def checkpoint_interface(
     path: str | Path, data: str | None = None, bpe: tuple[Mapping[str, Any], Mapping[str, bytes]] = ({}, {})
 ) -> Any:
-    """The same of a fairseq checkpoint, a stock one too. data: where its dictionaries are now; bpe: what
-    carry_bpe gives.
-    """
+    """The same of a fairseq checkpoint. data: where its dictionaries are now; bpe: what carry_bpe gives."""
     source, assets = bpe
     model, _, task = load_checkpoint(path, data)
     with unpacked(checked_text(source, assets), assets) as text, fairseq_refuses("--bpe"):

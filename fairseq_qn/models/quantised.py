@@ -1,6 +1,4 @@
-"""What every qn_ model adds to fairseq's own: its recipe, its views, and a description from which it can be
-rebuilt.
-"""
+"""What every qn_ model adds to fairseq's own: a recipe, views, and what rebuilds it."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ class QuantisedModel:
 
     @classmethod
     def build_model(cls, args: Namespace | DictConfig, task: Any) -> Any:
-        """Build fairseq's model without fairseq's own noise, then install the views of the layers that exist
-        so far.
-        """
+        """Build fairseq's model without fairseq's noise, then install the views of its layers so far."""
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             recipe = _recipe_for(args, task)
             # its hooks overwrite weights; the recipe stands for them from here on
@@ -75,9 +71,7 @@ class QuantisedModel:
         large: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The interface of a small file, of a folder that holds one, or (as fairseq) of a folder with a
-        checkpoint.
-        """
+        """The interface of a small file, of a folder with one, or (as fairseq) with a checkpoint."""
         if is_small(model_name_or_path):
             return load_interface(model_name_or_path, mode, dtype, large)
         return super().from_pretrained(str(model_name_or_path), checkpoint_file, *args, **kwargs)
@@ -108,15 +102,11 @@ class QuantisedModel:
     def load_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
     ) -> Any:
-        """As fairseq's; layers that are not to be kept (LayerDrop) go before the rest is fitted to the
-        views.
-        """
+        """As fairseq's; layers that LayerDrop does not keep go before the rest is fitted to the views."""
         return super().load_state_dict(prune_state_dict(state_dict, model_cfg), strict, model_cfg, args)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
-        """Let checkpoints without views, or with those of another recipe, in as far as no frozen layer is
-        lost.
-        """
+        """Let checkpoints without views, or of another recipe, in as far as no frozen layer is lost."""
         super().upgrade_state_dict_named(state_dict, name)
         adopt(state_dict, views_of(self))
 

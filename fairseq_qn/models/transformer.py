@@ -14,9 +14,7 @@ from fairseq_qn.models.quantised import QuantisedModel, mirror_architectures
 
 @register_model("qn_transformer")
 class QNTransformerModel(QuantisedModel, TransformerModel):
-    """Encoder-decoder Transformer. Adaptive softmax is refused by the recipe's block sizes, not silently
-    left dense.
-    """
+    """Encoder-decoder Transformer. The recipe's block sizes refuse an adaptive softmax."""
 
     qn_interface = QNGeneratorHub
 

@@ -64,9 +64,7 @@ class Clock:
 
     @property
     def started(self) -> bool:
-        """Whether there was a training forward, follow or set_update: who reads a weight before is not
-        training.
-        """
+        """Whether there was a training forward, follow or set_update: before, a read is no training."""
         return self.pinned or self.stepped or self.update > 0
 
     @property
@@ -138,9 +136,7 @@ class Clock:
             self.update, self.micro = (self.update, self.micro + 1) if self.stepped else (self.update + 1, 0)
 
     def _come_to(self, at: Time, grads: Any) -> None:
-        """A backward pass has come to the outputs of the forward pass `at`; it comes to those of the latest
-        first.
-        """
+        """A backward pass has come to the outputs of the forward pass `at`, the latest first."""
         task = _backward()
         if task not in self._tasks:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._tasks.pop, task, None))

@@ -12,9 +12,7 @@ class DroppedError(UnsupportedError, AttributeError):
 
 
 class Dropped(nn.Module):
-    """What stands in for a module that was left out of the file: to call it or to read anything of it is a
-    DroppedError.
-    """
+    """In place of a module that was left out of the file: calls and reads raise DroppedError."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

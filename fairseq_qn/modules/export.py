@@ -50,9 +50,7 @@ class Content:
         return found
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
-        """Of a tensor that stays dense. Statistics and tables in buffers were not trained to bear rounding:
-        fp32 at least.
-        """
+        """Of a tensor that stays dense: buffers, which no training prepared for rounding, fp32 at least."""
         if isinstance(tensor, nn.Parameter):
             return self.dtype
         return (

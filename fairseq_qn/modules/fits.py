@@ -48,9 +48,7 @@ def check_fits(
 
 
 def _check_ties(state: Mapping[str, Tensor], ties: Sequence[Sequence[str]]) -> None:
-    """Two weights of the file cannot share a Parameter. What it ties may be apart in the model: `fill` ties
-    it.
-    """
+    """Two weights of the file cannot share a Parameter; what it ties may be apart in the model."""
     first_of = {name: names[0] for names in ties for name in names}
     first: dict[int, str] = {}
     for name, tensor in state.items():

@@ -1,6 +1,4 @@
-"""A plain loop's optimizer as the clock of the noise: its steps are the updates, passes between them the
-micro-batches.
-"""
+"""An optimizer as the clock of the noise: its steps are the updates, passes between the micro-batches."""
 
 from __future__ import annotations
 

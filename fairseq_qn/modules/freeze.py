@@ -55,9 +55,7 @@ def freeze_views(
 def refresh_views(
     views: Sequence[WeightView], *, iterations: int = 5, progress: Progress | None = None
 ) -> list[LayerReport]:
-    """Learn the codes that exact noise draws on, from the present weights; earlier codes are where k-means
-    starts.
-    """
+    """Learn the codes that exact noise draws on, from the present weights and the earlier codes."""
     views = [view for view in views if view.needs_learning and view.phase != FROZEN]
     for view in views:
         _check_finite(view)
@@ -68,9 +66,7 @@ def refresh_views(
 
 
 def refresh_due(views: Sequence[WeightView], update: int, micro: int = 0) -> None:
-    """Learn what exact noise lacks, and at the first micro-batch of an update what its `refresh` says is
-    due.
-    """
+    """Learn what exact noise lacks, and, as an update begins, what its `refresh` says is due."""
     refresh_views(
         [
             v for v in views if v.phase != CODED

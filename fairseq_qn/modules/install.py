@@ -77,9 +77,7 @@ def _view_property(attribute: str) -> property:
 
 
 def _set_attribute(self: nn.Module, name: str, value: object) -> None:
-    """Assigning what was read from a view assigns its Parameter: fairseq's trainer so restores ties after a
-    move.
-    """
+    """Assigning what was read assigns its Parameter: fairseq's trainer so restores ties after a move."""
     if name in self.__dict__.get("_qn_views", ()):
         if not isinstance(value, (nn.Parameter, type(None))):
             read, value = value, getattr(value, "_qn_parameter", None)
@@ -102,9 +100,7 @@ def _delete_attribute(self: nn.Module, name: str) -> None:
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """The weight's parts as torch.nn.utils names them are refused; weight_norm has taken the weight away by
-    then.
-    """
+    """Refuse the weight's parts as torch.nn.utils names them; weight_norm has taken it away by then."""
     for attribute, view in self._qn_views.items():
         if name in (f"{attribute}_g", f"{attribute}_v", f"{attribute}_orig"):
             if attribute not in self._parameters:
@@ -116,9 +112,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 
 def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """torch's loading of this module alone, once phases and codes have been checked. Raises
-    MismatchError.
-    """
+    """torch's loading of this module alone, once phases and codes are checked. Raises MismatchError."""
     for view in self._qn_views.values():
         if view.home is self:
             digest.complete(view, state, prefix)

@@ -1,6 +1,4 @@
-"""What the modules of a model are, beyond their tensors: so that no file is loaded into a model that only
-has its shapes.
-"""
+"""What the modules of a model are, beyond the shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ _OPTIONS = (
 
 
 def kinds_of(model: nn.Module, dropped: Sequence[str] = ()) -> dict[str, list[str]]:
-    """kind -> names of the modules that are of it, `dropped` ones left out. A kind is a class and its
-    options, as text.
-    """
+    """kind, a class and its options as text -> names of its modules, `dropped` ones left out."""
     kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not any(name == other or name.startswith(f"{other}.") for other in dropped):

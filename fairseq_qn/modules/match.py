@@ -15,9 +15,7 @@ _TYPES = tuple(getattr(nn, name) for name in MODULE_TYPES)
 
 @dataclass(frozen=True)
 class Owner:
-    """One place where a Parameter is registered: the module, its first name, all of its names, and the
-    attribute.
-    """
+    """One place where a Parameter is registered: the module, its names, and the attribute."""
 
     module: nn.Module
     name: str
@@ -37,9 +35,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Match:
-    """A Parameter and the rule that takes it. `owner` is the one whose name matched; `owners` holds
-    all, it included.
-    """
+    """A Parameter and the rule that takes it; of its `owners`, `owner` is the one whose name matched."""
 
     rule: Rule
     owner: Owner

@@ -1,6 +1,4 @@
-"""What a view gives to read: a tensor to compute with, which refuses to be written to, as no Parameter would
-see it.
-"""
+"""What a view gives to read: a tensor to compute with, which refuses writes."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def _refuse(seen: Tensor, what: str) -> NoReturn:
 
 
 class SeenWeight(Tensor):
-    """A weight as a view shows it. What is computed from it is an ordinary tensor; a slice of it refuses
-    writes too.
-    """
+    """A weight as a view shows it. What is computed from it is an ordinary tensor, but for slices."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -73,9 +69,7 @@ class SeenWeight(Tensor):
 
 
 def show(value: Tensor, weight: nn.Parameter, name: str) -> Tensor:
-    """`value` as what a view shows of the Parameter `weight`; assigning it to a module's attribute assigns
-    the Parameter.
-    """
+    """`value` as a view's of the Parameter `weight`, which is what assigning it to an attribute assigns."""
     if type(value) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(value):
         value.__class__ = SeenWeight
         value._qn_name = name

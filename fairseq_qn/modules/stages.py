@@ -208,9 +208,7 @@ class Stages:
             self._begin_epoch()
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint needs beside the model's and the optimizers' states: the numbers that the noise
-        is drawn by.
-        """
+        """What a checkpoint needs beside the other states: the numbers that the noise is drawn by."""
         clock = self._clock
         return {
             "seed": clock.seed, "update": clock.update, "micro": clock.micro, "epoch": self.epoch,

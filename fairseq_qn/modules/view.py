@@ -191,9 +191,7 @@ class WeightView:
         return read(value, lambda noised: noised, self._untimed) if self._is_stale(weight, at) else value
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
-        """Whether a read outside of any call draws a mask that served before the last step: no call moves it
-        on.
-        """
+        """Whether a read outside of any call draws a mask that served before the last step."""
         clock = self.clock
         if clock.pinned or clock.stepped:
             return False

@@ -91,9 +91,7 @@ class _Points:
         return ((rows.double() - self.shift) / self.scale).float()
 
     def assign(self, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int32 [n] by a codebook in the units of the points; means fp64 [K, d] of the blocks of each;
-        counts [K].
-        """
+        """Codes int32 [n] by a codebook in units of the points; means fp64 [K, d]; counts [K]."""
         if kernel.usable(self.x):
             codes, sums, counts = kernel.assign(self.points, self.x, codebook)
         else:
@@ -177,9 +175,7 @@ def _exact(x: Tensor, k: int) -> Clusters | None:
 
 
 def _begin(points: _Points, k: int, generator: torch.Generator) -> Tensor:
-    """Codewords [k, d] to start from: drawn rows, or what they become on a sample of the rows, or rows that
-    lie apart.
-    """
+    """Codewords [k, d] to start from: drawn rows, what steps on a sample make of them, or rows apart."""
     x, size = points.x, SAMPLE * k
     # one element has more of it than the blocks of a codeword have
     far = k * points.spread**2 > float(points.energy)
@@ -220,18 +216,14 @@ def _apart(
 
 
 def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """k of n rows, one from each of k equal slices, in a random order: a permutation of all rows would take
-    too long.
-    """
+    """k of n rows, one from each of k equal slices, in random order: to permute all takes too long."""
     bounds = torch.arange(k + 1) * n // k
     rows = bounds[:-1] + (torch.rand(k, generator=generator, dtype=torch.float64) * bounds.diff()).long()
     return rows[torch.randperm(k, generator=generator)]
 
 
 def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Generator) -> Clusters:
-    """Steps from codewords start [K, d]; the generator draws what codewords without blocks are moved
-    onto.
-    """
+    """Steps from codewords start [K, d]; the generator draws where codewords without blocks go."""
     centroids = points.place(start)
     history: list[float] = []
     for _ in range(max(1, iterations)):
@@ -260,9 +252,7 @@ def _lloyd(points: _Points, start: Tensor, iterations: int, generator: torch.Gen
 
 
 def _total(values: Tensor) -> Tensor:
-    """The sum [] of values [n], added in their order: that of torch's sum depends on the number of
-    threads.
-    """
+    """The sum [] of values [n] in their order: that of torch's sum depends on the number of threads."""
     return values.cumsum(0)[-1]
 
 

@@ -1,6 +1,4 @@
-"""Noise masks and the noised weight: W + m * (phi(W) - W), m ~ Bernoulli(p) per block (Fan et al. 2020, eq.
-4-6).
-"""
+"""Noise masks: W + m * (phi(W) - W), m ~ Bernoulli(p) per block (Fan et al. 2020, eq. 4-6)."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -
 
 
 def draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
-    """`bernoulli` by CHUNK draws, each in the memory of those before: memory that the cache holds costs less
-    than fresh.
-    """
+    """`bernoulli` by CHUNK draws, each in the memory of those before, which the cache holds."""
     generator = torch.Generator(device).manual_seed(seed)
     mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
     numbers = torch.empty((len(mask) + 3) // 4, dtype=torch.int64, device=device)

@@ -1,6 +1,4 @@
-"""Schemes of activations: what the input of a module goes through. Weights have rooms of their own
-(base.py).
-"""
+"""Schemes of activations: what the input of a module goes through."""
 
 from __future__ import annotations
 

@@ -74,9 +74,7 @@ class StoredProduct(Stored):
 
 @dataclass(frozen=True)
 class Product(Scheme):
-    """Blocks of `block_size` weights along the input; `n_centroids` codewords, if there are as many
-    blocks.
-    """
+    """Blocks of `block_size` weights along the input; at most `n_centroids` codewords."""
 
     name, buffer_names, coded_parts, shares_gradients = "product", ("codes",), ("codes",), True
 

@@ -1,6 +1,4 @@
-"""Let torch's safe loading (weights_only) restore fairseq's checkpoints, by allowing just the classes that
-they hold.
-"""
+"""Let torch's safe loading restore fairseq's checkpoints: the classes that they hold, no others."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ import torch
 
 
 def allow() -> None:
-    """fairseq's checkpoints hold the options as a Namespace, and meters and scores as numpy scalars. None
-    runs code.
-    """
+    """The options, a Namespace; meters and scores, numpy scalars. None runs code."""
     add = getattr(torch.serialization, "add_safe_globals", None)
     if add is None:  # torch < 2.4 has no such list; load_checkpoint says so
         return

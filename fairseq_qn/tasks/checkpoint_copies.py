@@ -21,9 +21,7 @@ class _PathManager(PathManager):
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        """As fairseq's: whether the copy was made. The old file or the whole new one is there at each
-        moment.
-        """
+        """Whether the copy was made. The old file or the whole new one is there at each moment."""
         if any(map(PathManager.path_requires_pathmanager, (src_path, dst_path))):
             return PathManager.copy(src_path, dst_path, overwrite)
         with open(src_path, "rb") as source, replacing(dst_path) as target:

@@ -1,6 +1,4 @@
-"""fairseq under numpy 2: its language models cannot answer a sentence, because the name np.compat.long is
-gone.
-"""
+"""fairseq's language models under numpy 2, which has no np.compat.long."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from fairseq.data import language_pair_dataset, token_block_dataset
 
 
 class _Numpy(ModuleType):
-    """numpy with its former `compat`, for the two modules of fairseq that ask for it; numpy itself stays as
-    it is.
-    """
+    """numpy with its former `compat`, for the modules that ask for it; numpy itself stays as it is."""
 
     compat = SimpleNamespace(long=np.int64)
 

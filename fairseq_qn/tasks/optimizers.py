@@ -1,6 +1,4 @@
-"""What lies under a fairseq optimizer: torch's own, and the fp32 masters that those train in place of fp16
-Parameters.
-"""
+"""Under a fairseq optimizer: torch's own, and the fp32 masters that train in place of fp16 Parameters."""
 
 from __future__ import annotations
 

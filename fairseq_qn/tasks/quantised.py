@@ -76,9 +76,7 @@ class QuantisedTask:
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
-        """Set up fairseq's task. The recipe file is read here, once, and its text kept in the
-        configuration.
-        """
+        """Set up fairseq's task. The recipe file is read here, once, and kept as text."""
         if not kwargs.get("from_checkpoint"):
             _refuse_unsupported(cfg)
             _warn_of_sending(cfg)
@@ -119,16 +117,12 @@ class QuantisedTask:
         self._measure()
 
     def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
-        """Before the last stage no score counts: a freeze makes the loss rise, and the best model would be a
-        dense one.
-        """
+        """Before the last stage no score counts: the best model would be a dense one."""
         if any(stage in self.boundaries for stage in api.unfrozen(model)):
             stages.count_no_score(stats, self._config)
 
     def post_save(self, path: str, num_updates: int) -> None:
-        """One line with each checkpoint, the last of which is the end of training: what it does not hold
-        frozen, and why.
-        """
+        """One line with each checkpoint: what it does not hold frozen, and why."""
         left = api.unfrozen(self._quant_model)
         if left:
             why = explain(left, self.boundaries)
@@ -141,16 +135,12 @@ class QuantisedTask:
         return {type(self).__name__: {"refreshed": self._refreshed, "micro": list(self._micro)}}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """The epoch at whose beginning the codes in the checkpoint were learned, and the last
-        micro-batch.
-        """
+        """The epoch for which the checkpoint's codes were learned, and the last micro-batch."""
         self._refreshed, self._micro = state["refreshed"], tuple(state.get("micro", self._micro))
 
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int,
                    ignore_grad: bool = False) -> Any:  # fmt: skip
-        """fairseq's step, at the noise of this update and micro-batch; stages that are due are frozen
-        first.
-        """
+        """fairseq's step, at the noise of this update and micro-batch; what is due is frozen first."""
         inner = getattr(self, "_quant_model", None)
         if inner is not None and api.recipe_of(inner) is not None:
             if self._freeze(due(self.boundaries, update=update_num), f"update {update_num}"):
@@ -228,9 +218,7 @@ def _refuse_unsupported(cfg: Any) -> None:
 
 
 def _refuse_undone(cfg: Any, config: Any) -> None:
-    """What is asked for and would not be done: fairseq's own models take no recipe, and without one there
-    are no stages.
-    """
+    """What is asked for and would not be done: fairseq's own models take no recipe."""
     name = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
     cls = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
     asked = [
@@ -254,9 +242,7 @@ def _refuse_undone(cfg: Any, config: Any) -> None:
 
 
 def _warn_of_sending(cfg: Any) -> None:
-    """With several ranks fairseq has the first send the checkpoint to the others, with objects that safe
-    loading refuses.
-    """
+    """With several ranks the first sends the checkpoint, with objects that safe loading refuses."""
     alone = (elsewhere(cfg, "distributed_training.distributed_world_size") or 1) == 1
     if not alone and not elsewhere(cfg, "checkpoint.load_checkpoint_on_all_dp_ranks"):
         logger.warning(

@@ -25,9 +25,7 @@ _SPECIALS = {1: 2, 2: 4}  # <s> a </s>, or <s> a </s> </s> b </s>
 
 @dataclass(frozen=True)
 class SetSize:
-    """One set. `tokens`: all, special ones too; `cut`: sentences cut to fit; `unknown`: pieces that the
-    dictionary lacks.
-    """
+    """One set. tokens: all; cut: sentences cut to fit; unknown: pieces that the dictionary lacks."""
 
     rows: int
     tokens: int
@@ -51,9 +49,7 @@ def are_numbers(rows: Sequence[Row], path: str | Path) -> bool:
 
 
 def label_names(rows: Sequence[Row], path: str | Path) -> list[str]:
-    """The classes of the training rows, sorted. Raises DataError for fewer than two, and for names that
-    fairseq keeps for itself.
-    """
+    """The classes of the training rows, sorted. Raises DataError for fewer than two, or reserved names."""
     for row in rows:
         if _RESERVED.fullmatch(row.label):
             raise DataError(

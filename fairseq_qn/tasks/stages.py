@@ -1,6 +1,4 @@
-"""What only fairseq asks of stages: the options that say when, ends of training that leave one out, and
-scores that compare before with after.
-"""
+"""What only fairseq asks of stages: its options, ends of training, and scores that compare."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""BERT's WordPiece as a fairseq BPE: `--bpe qn_wordpiece --wordpiece-vocab vocab.txt
-[--wordpiece-cased]`.
-"""
+"""BERT's WordPiece as a fairseq BPE: `--bpe qn_wordpiece --wordpiece-vocab FILE [--wordpiece-cased]`."""
 
 # no `from __future__ import annotations`: fairseq reads the fields' types as classes
 
@@ -67,9 +65,7 @@ class WordPieceBPE:
         return " ".join(TO_FAIRSEQ.get(piece, piece) for piece in self.tokenizer.encode(x).tokens)
 
     def decode(self, x: str) -> str:
-        """Pieces joined by spaces -> text (case, accents and spaces around punctuation are not
-        recoverable).
-        """
+        """Pieces joined by spaces -> text, without case, accents and spaces around punctuation."""
         return self.tokenizer.decoder.decode([FROM_FAIRSEQ.get(piece, piece) for piece in x.split()])
 
     def is_beginning_of_word(self, x: str) -> bool:

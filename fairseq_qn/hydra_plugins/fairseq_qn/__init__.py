@@ -14,9 +14,7 @@ class FairseqQNSearchPath(SearchPathPlugin):
     """Registers fairseq_qn's tasks, models and criterion; adds the shipped configs after fairseq's own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folder of shipped YAML files, in a program that uses fairseq; in any other, do nothing
-        at all.
-        """
+        """Append the folder of shipped YAML files, in a program that uses fairseq alone."""
         # Another Hydra program in the same environment must not pay for importing torch and fairseq.
         if "fairseq" not in sys.modules:
             return

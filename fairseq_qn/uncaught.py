@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,33 @@ def attach() -> None:
         # ten lines of Hydra's on how fairseq uses it
         warnings.filterwarnings("ignore", category=UserWarning, module=r"hydra\.|sys$")
         sys.excepthook = partial(_end, sys.excepthook)
+        hydra: Any = sys.modules.get("hydra._internal.utils")
+        if hasattr(hydra, "run_and_report"):  # which prints what a job raises itself
+            hydra.run_and_report = partial(_report, hydra.run_and_report)
 
 
 def _end(before: Any, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    line = str(error) if isinstance(error, QNError) else None
-    if kind.__name__ == "ProcessRaisedException" and (match := _OF_ANOTHER.search(str(error))):
-        line = one_line(match[1])
-    if line is None:
+    if not _said(error):
         before(kind, error, traceback)
-    else:
+
+
+def _report(before: Any, job: Callable[[], Any]) -> Any:
+    def run() -> Any:
+        try:
+            return job()
+        except Exception as error:
+            if _said(error):
+                sys.exit(1)
+            raise
+
+    return before(run)
+
+
+def _said(error: BaseException) -> bool:
+    """Whether the error is one of ours; its line is on stderr then."""
+    line = str(error) if isinstance(error, QNError) else None
+    if type(error).__name__ == "ProcessRaisedException" and (match := _OF_ANOTHER.search(str(error))):
+        line = one_line(match[1])
+    if line is not None:
         print(f"fairseq-qn: {line}", file=sys.stderr, flush=True)
+    return line is not None

@@ -15,16 +15,23 @@ AGAIN = """type('ProcessRaisedException', (Exception,), {})(
     '\\nfairseq_qn.errors.RecipeError: recipe r: expected a mapping\\n')"""
 
 
-def end(error: str, program: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A process of this name that loads the plug-in as fairseq does, and raises."""
+def end(
+    error: str, program: str, tmp_path: Path, hydra: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """A process of this name that loads the plug-in as fairseq does, and raises; `hydra`: in a job of
+    Hydra's.
+    """
     code = f"""
 import sys
 sys.argv = [{program!r}]
+import hydra._internal.utils as hydra
 from fairseq_qn import uncaught
 from fairseq_qn.errors import RecipeError
 uncaught.attach()
 uncaught.attach()
-raise {error}
+def job():
+    raise {error}
+hydra.run_and_report(job) if {hydra} else job()
 """
     path = tmp_path / "program.py"
     path.write_text(code)
@@ -35,8 +42,11 @@ raise {error}
 
 @pytest.mark.parametrize("program", ["/bin/fairseq-train", "/site-packages/fairseq_cli/train.py"])
 @pytest.mark.parametrize("error", [OURS, AGAIN])
-def test_ours_ends_fairseqs_commands_by_its_line(error: str, program: str, tmp_path: Path) -> None:
-    done = end(error, program, tmp_path)
+@pytest.mark.parametrize("hydra", [False, True])
+def test_ours_ends_fairseqs_commands_by_its_line(
+    error: str, program: str, hydra: bool, tmp_path: Path
+) -> None:
+    done = end(error, program, tmp_path, hydra)
     assert done.returncode == 1
     assert done.stderr == "fairseq-qn: recipe r: expected a mapping\n"
 
@@ -49,6 +59,9 @@ def test_ours_ends_fairseqs_commands_by_its_line(error: str, program: str, tmp_p
         (OURS, "/bin/fairseq-train", {"QN_TRACEBACK": "1"}),
     ],
 )
-def test_all_else_keeps_its_traceback(error: str, program: str, env: dict[str, str], tmp_path: Path) -> None:
-    done = end(error, program, tmp_path, **env)
+@pytest.mark.parametrize("hydra", [False, True])
+def test_all_else_keeps_its_traceback(
+    error: str, program: str, env: dict[str, str], hydra: bool, tmp_path: Path
+) -> None:
+    done = end(error, program, tmp_path, hydra, **env)
     assert done.returncode == 1 and done.stderr.startswith("Traceback") and "recipe r" in done.stderr

@@ -19,8 +19,9 @@ def check_labels(task: Any, config: Any) -> None:
         return
     found = label_names(labels)
     if classes != len(found):
+        names = ", ".join(found if len(found) < 4 else [*found[:3], "..."])
         raise MismatchError(
-            f"--num-classes {classes}: {config.data} has {len(found)} labels ({', '.join(found[:3])}, ...); "
+            f"--num-classes {classes}: {config.data} has {len(found)} labels ({names}); "
             f"give --num-classes {len(found)}"
         )
 

@@ -36,7 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     author="fairseq_qn authors",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[
         *find_packages(include=["fairseq_qn", "fairseq_qn.*"]),
         "fairseq_qn.configs",
@@ -50,12 +50,8 @@ setup(
     package_data={"fairseq_qn": ["py.typed"], "fairseq_qn.configs": ["*.md", "*.yaml", "**/*.yaml"]},
     install_requires=[
         "torch>=2.1",
-        # fairseq 0.12.2 does not import on Python 3.11, nor with numpy 1.24; fairseq-fixed is its code for
-        # 3.11 on
-        'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
-        'fairseq==0.12.2; python_version < "3.11"',
-        'numpy>=1.21; python_version >= "3.11"',
-        'numpy>=1.21,<1.24; python_version < "3.11"',
+        "fairseq-fixed==0.12.3.1",  # fairseq 0.12.2's code, for Python 3.11 on
+        "numpy>=1.21",
         "omegaconf>=2.0.6",
         "hydra-core>=1.0.7",
         "sentencepiece>=0.1.99",

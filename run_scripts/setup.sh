@@ -11,18 +11,19 @@ py=$root/.venv/bin/python
 versions=run_scripts/tested-versions.txt
 log=.venv/setup.log
 
-find_python() { # prints the first interpreter that will do
+find_python() { # prints the interpreter named, or the first that will do
     local candidate
-    for candidate in "${PYTHON:-python3.11}" python3.11 python3 python3.12 python3.13 python3.10; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+    [ -n "${PYTHON:-}" ] && set -- "$PYTHON" || set -- python3.11 python3 python3.12 python3.13
+    for candidate in "$@"; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
             2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "setup: needs Python 3.10 or later with venv (3.11 is what is tested);" \
-        "found $(python3 -V 2>/dev/null || echo none)." \
-        "Install python3.11 and python3.11-venv, or name one: PYTHON=/path/to/python3.11 $0" >&2
+    echo "setup: needs Python 3.11 (which is tested) or later, with venv; found" \
+        "$("${PYTHON:-python3}" -V 2>/dev/null || echo none). Install python3.11 and python3.11-venv," \
+        "or name one: PYTHON=/path/to/python3.11 $0" >&2
     return 1
 }
 
@@ -100,15 +101,9 @@ if [ "$(cat .venv/made-in 2>/dev/null || echo "$root")" != "$root" ] ||
 fi
 rm -f "$stamp"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$root/$versions
-fairseq="fairseq-fixed==0.12.3.1"
 build_tools=(cython numpy setuptools wheel)
-if "$py" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then # the tested versions are those of 3.11
-    unset PIP_CONSTRAINT
-    fairseq="fairseq==0.12.2"
-    build_tools=('cython<3' 'numpy<1.24' setuptools wheel 'pip<24.1') # omegaconf 2.0 needs the old pip
-fi
 step "torch and build tools" install_torch
-step "fairseq (compiled, minutes, unless cached)" install_fairseq "$fairseq"
+step "fairseq (compiled, minutes, unless cached)" install_fairseq fairseq-fixed==0.12.3.1
 step "fairseq_qn${extras:+ [$extras]}" install_package $extras
 printf '%s\n%s\n' "$(key)" "$extras" >"$stamp"
 echo "setup: done in $((SECONDS - started)) s, in $root/.venv"

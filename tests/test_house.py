@@ -217,11 +217,11 @@ def test_what_is_not_there_is_seen() -> None:
     assert listed(text) == ["api.py", "a/", "a/b.py", "a/c.c", "d.py"]
 
 
-def test_the_workflow_runs_what_has_to_pass_on_the_oldest_python_too() -> None:
+def test_the_workflow_runs_what_has_to_pass_on_the_oldest_python() -> None:
     job = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text("utf-8"))["jobs"]["tests"]
     assert ".ci/run" in [step.get("run") for step in job["steps"]] and job["timeout-minutes"] <= 60
     oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text("utf-8"))
-    assert {oldest[1], "3.11"} == {*job["strategy"]["matrix"]["python"]}
+    assert oldest[1] in job["strategy"]["matrix"]["python"]
     for script in (step["run"] for step in job["steps"] if "run" in step):
         done = subprocess.run(["bash", "-n", "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

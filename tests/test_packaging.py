@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -50,6 +52,23 @@ def test_configs_are_found_in_an_installation(wheel: Path, tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == tmp_path / "fairseq_qn" / "configs"
     assert config_dir() == ROOT / "configs"
+
+
+def test_another_python_is_refused_in_a_line(tmp_path: Path) -> None:
+    """The one that is named, with no other tried in its place."""
+    python = tmp_path / "python3.10"
+    python.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.10.13\n")
+    python.chmod(0o755)
+    (tmp_path / "run_scripts").mkdir()
+    for name in ("setup.sh", "tested-versions.txt"):
+        shutil.copy(ROOT / "run_scripts" / name, tmp_path / "run_scripts")
+    done = subprocess.run(
+        ["bash", "run_scripts/setup.sh"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHON": str(python)},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / ".venv").exists()
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "needs Python 3.11 (which is tested) or later, with venv; found Python 3.10.13." in done.stderr
 
 
 def test_command_and_extras() -> None:

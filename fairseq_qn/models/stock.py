@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fairseq_qn.artifact.replacing import refuse_same, replacing
-from fairseq_qn.criterions.options import options_of
+from fairseq_qn.criterions.options import Options, options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.models.checkpoint import load_checkpoint, read_checkpoint
@@ -23,8 +23,7 @@ from fairseq_qn.tasks.quantised import QuantisedTaskConfig
 
 _OURS = "qn_"
 _CRITERION = "quantization_aware"
-_CRITERION_OPTIONS = ("wrapped_criterion", "teacher_checkpoint", "distill_weight", "distill_temperature")
-_OPTIONS = {*(f.name for f in fields(QuantisedTaskConfig)), *_CRITERION_OPTIONS} - {"_name"}
+_OPTIONS = {f.name for own in (QuantisedTaskConfig, Options) for f in fields(own)} - {"_name"}
 
 
 def export_fairseq(path: str | Path, output: str | Path, data: str | None = None) -> dict[str, Any]:

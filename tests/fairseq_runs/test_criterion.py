@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from fairseq import options
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq_run import (
     CLASSES,
@@ -26,9 +28,12 @@ from fairseq_run import (
     train,
     write_recipe,
 )
+from hydra.core.config_store import ConfigStore
 
 from fairseq_qn.cli import main
+from fairseq_qn.criterions.options import Options
 from fairseq_qn.errors import MismatchError, UnsupportedError
+from fairseq_qn.models import stock
 
 HEAD = {"features_only": True, "classification_head_name": "sentence_classification_head"}
 QUIET = {"--dropout": 0, "--attention-dropout": 0}
@@ -84,6 +89,18 @@ def test_options_of_the_wrapped_criterion_arrive(data) -> None:
     assert "n_correct" in loss_of(report)[2] and "n_correct" not in loss_of(built)[2]
 
 
+def test_the_options_of_the_dataclass_are_those_everywhere() -> None:
+    """fairseq-train's, Hydra's, and what an exported checkpoint leaves out."""
+    args = ["data", "--task", "masked_lm", "--arch", "roberta", "--criterion", "quantization_aware"]
+    parsed = options.parse_args_and_arch(options.get_training_parser(), args)
+    node = ConfigStore.instance().repo["criterion"]["quantization_aware.yaml"].node
+    own = {f.name: f.default for f in fields(Options)} | {"_name": "quantization_aware"}
+    for name, default in own.items():
+        assert node[name] == default
+        if name != "_name":
+            assert getattr(parsed, name) == default and name in stock._OPTIONS
+
+
 def test_another_heads_name_arrives(data) -> None:
     built = build(data.classes, CLASSES, {"--classification-head-name": "mood"})
     assert list(built.model.classification_heads) == ["mood"]
@@ -120,7 +137,9 @@ class Twice(Asking):
 @register_criterion("qn_test_dict")
 class Dict(Asking):
     def ask(self, model: torch.nn.Module, asked: dict) -> None:
-        with mock.patch.object(model.model, "forward", lambda **_: {"logits": torch.zeros(2, 2)}):
+        with mock.patch.object(
+            getattr(model, "model", model), "forward", lambda **_: {"logits": torch.zeros(2, 2)}
+        ):
             model(**asked, **HEAD)
 
 
@@ -187,7 +206,7 @@ def test_distillation_by_hand(kind: str, temperature: float, data, teachers: dic
         "--distill-temperature": temperature,
     }
     built = build(data.lm, MLM, QUIET, options)
-    (teacher,), sample = built.criterion._teacher, built.sample
+    teacher, sample = built.criterion.terms[0].teacher, built.sample
     masked = sample["target"].ne(1)
     with torch.no_grad():
         ours, theirs = (
@@ -211,7 +230,7 @@ def test_distillation_of_a_classifier(data, teachers: dict[str, Path]) -> None:
     built = build(
         data.classes, CLASSES, QUIET, {"--teacher-checkpoint": teachers["classes"], "--distill-weight": 1}
     )
-    (teacher,), sample = built.criterion._teacher, built.sample
+    teacher, sample = built.criterion.terms[0].teacher, built.sample
     call = {
         **sample["net_input"],
         "features_only": True,
@@ -233,7 +252,7 @@ def test_distillation_of_a_value(temperature: float, data, teachers: dict[str, P
         "--distill-temperature": temperature,
     }
     built = build(data.values, VALUES, QUIET, options)
-    (teacher,), sample = built.criterion._teacher, built.sample
+    teacher, sample = built.criterion.terms[0].teacher, built.sample
     with torch.no_grad():
         ours, theirs = (
             m(**sample["net_input"], **HEAD)[0][:, 0].double() for m in (built.model.eval(), teacher)
@@ -242,7 +261,7 @@ def test_distillation_of_a_value(temperature: float, data, teachers: dict[str, P
     loss, _, log = loss_of(built, training=True)
     assert loss == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-4) and soft > 1e-3
     assert float(log["qn_distill_loss"]) == pytest.approx(soft, rel=1e-4)
-    built.criterion.weight = 1.0  # the teacher alone
+    built.criterion.terms[0].weight = 1.0  # the teacher alone
     built.criterion(built.model, sample)[0].backward()
     head = built.model.classification_heads["sentence_classification_head"].out_proj
     assert float(head.bias.grad) == pytest.approx(2 * float((ours - theirs).sum()), rel=1e-4)
@@ -258,7 +277,7 @@ def test_every_call_is_distilled(data, teachers: dict[str, Path]) -> None:
         "--wrapped-criterion": "qn_test_twice",
     }
     built = build(data.classes, CLASSES, QUIET, options)
-    (teacher,), tokens = built.criterion._teacher, built.sample["net_input"]["src_tokens"].clone()
+    teacher, tokens = built.criterion.terms[0].teacher, built.sample["net_input"]["src_tokens"].clone()
     expected = []
     for asked in (tokens, tokens.flip(1)):
         with torch.no_grad():
@@ -298,7 +317,7 @@ def test_padding_does_not_distil(times: int, criterion: dict, data, teachers: di
         criterion,
         {"--teacher-checkpoint": teachers["pairs"], "--distill-weight": 1},
     )
-    (teacher,), sample = built.criterion._teacher, built.sample
+    teacher, sample = built.criterion.terms[0].teacher, built.sample
     real = sample["target"].ne(1)
     assert not bool(real.all())
     with torch.no_grad():
@@ -338,7 +357,7 @@ def distilled(data, teachers, tmp_path_factory) -> Run:
 
 
 def test_the_teacher_is_neither_trained_nor_saved(distilled: Run) -> None:
-    (teacher,) = distilled.trainer.get_criterion()._teacher
+    teacher = distilled.trainer.get_criterion().terms[0].teacher
     theirs = {id(parameter) for parameter in teacher.parameters()}
     groups = distilled.trainer.optimizer.param_groups
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -353,7 +372,7 @@ def test_the_teacher_is_neither_trained_nor_saved(distilled: Run) -> None:
 
 
 def test_the_teacher_stays_as_it_was(distilled: Run, teachers: dict[str, Path]) -> None:
-    (teacher,) = distilled.trainer.get_criterion()._teacher
+    teacher = distilled.trainer.get_criterion().terms[0].teacher
     before = torch.load(teachers["qn"], weights_only=True)["model"]
     assert differing(dict(before), dict(teacher.state_dict())) == []
 

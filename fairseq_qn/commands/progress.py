@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,17 +18,20 @@ from typing import TextIO
 from fairseq_qn.errors import TrainingError
 
 SLOWER = 1.5  # a step with a teacher and noise, against a dense one: for the time left
+MINUTES = 5  # between lines, where a tenth takes longer
 
 
 class Progress:
-    """Prints how far a run is: over itself on a terminal, else a line for each tenth."""
+    """Prints how far a run is and how long it lasts: over itself on a terminal, else a line for each tenth,
+    once the time can be told, and every MINUTES.
+    """
 
     def __init__(self, name: str, updates: int, after: float, out: TextIO | None = None) -> None:
         """after: the work of the runs that follow, in updates of this one."""
         self.name, self.updates, self.after = name, updates, after
         self.out = out or sys.stderr
         self.first: tuple[float, int] | None = None  # (seconds, updates) of the first line of the log
-        self.said, self.valid = -1, ""
+        self.said, self.when, self.valid = -1, -math.inf, ""
 
     def line(self, text: str, now: float) -> None:
         """A line that fairseq printed: JSON of `train_inner` or `valid`, or anything else."""
@@ -55,8 +59,8 @@ class Progress:
             left += f" ({duration(pace * (self.updates - done + self.after))} in all)" if self.after else ""
         share = 10 * done // max(1, self.updates)
         terminal = self.out.isatty()
-        if terminal or share > self.said:
-            self.said = share
+        if terminal or share > self.said or (left and now > self.when + 60 * MINUTES):
+            self.said, self.when = share, now if left else -math.inf
             text = f"{self.name}: {done:,} of {self.updates:,} updates, loss {loss}{self.valid}{left}"
             print(f"\r{text:<100}"[:120] if terminal else text, end="" if terminal else "\n", file=self.out)
             self.out.flush()

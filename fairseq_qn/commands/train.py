@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             data = prepare(args, Path(folder) / "data")
-            text = _plan(data, _schedule(data, recipe, args), _steps(data, recipe, work, args))
-            print(text.replace(str(Path(folder).resolve()), str(work.resolve())))
+            made = [f"# {step.what}\n{shown(step.words)}" for step in _steps(data, recipe, work, args)]
+            plan = _plan(data, _schedule(data, recipe, args))
+            print("\n\n".join([plan, *made]).replace(str(Path(folder).resolve()), str(work.resolve())))
         return
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work) as lock:
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         _say(args, f"work, logs and train.sh: {work}")
         done = work / "data" / "data.json"
         data = Prepared(**json.loads(done.read_text())) if done.is_file() else prepare(args, work / "data")
-        _say(args, summary(data))
+        _say(args, _plan(data, _schedule(data, recipe, args)))
         (work / "recipe.yaml").write_text(text, encoding="utf-8")
         made = _steps(data, recipe, work, args)
         if not (work / "train.sh").exists():  # it may have been changed
@@ -82,16 +84,15 @@ def _steps(data: Prepared, recipe: Recipe, work: Path, args: argparse.Namespace)
     return steps(data, _schedule(data, recipe, args), work.resolve(), args.output.resolve(), args.seed, cpu)
 
 
-def _plan(data: Prepared, plan: Schedule, made: Sequence[Step]) -> str:
-    lines = [summary(data)]
+def _plan(data: Prepared, plan: Schedule) -> str:
+    """What was read, and how long will be trained on it."""
+    lines = [summary(data), f"an epoch: {plan.epoch:,} updates; learning rate {plan.rate:g}"]
+    lines.append(f"dense: {plan.dense:,} updates")
     if data.fine_tuned:
-        lines.append("fine-tuned for these labels already: no dense fine-tuning")
+        lines[-1] = "fine-tuned for these labels already: no dense fine-tuning"
     stages = ", ".join(f"{n:,}" for n in plan.stages)
-    lines += [
-        f"an epoch is {plan.epoch:,} updates; learning rate {plan.rate:g}; dense {plan.dense:,} updates,",
-        f"then {plan.staged:,} with noise and a stage frozen after {stages}",
-    ]
-    return "\n\n".join(["\n".join(lines), *(f"# {step.what}\n{shown(step.words)}" for step in made)])
+    lines.append(f"with noise: {plan.staged:,} updates; a stage is frozen after each of {stages}")
+    return "\n".join(lines)
 
 
 def _run(made: Sequence[Step], work: Path, lock: int, args: argparse.Namespace) -> None:
@@ -116,8 +117,12 @@ def _run(made: Sequence[Step], work: Path, lock: int, args: argparse.Namespace) 
 
 def _here(step: Step, log: Path) -> None:
     """One of our own commands, in this process: fairseq, once more, would take seconds."""
-    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        status = main(step.words[1:])
+    logging.disable(logging.INFO)
+    try:
+        with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            status = main(step.words[1:])
+    finally:
+        logging.disable(logging.NOTSET)
     if status:
         raise TrainingError(f"{step.what}: fairseq-qn {step.words[1]} failed, for the reason above")
 
@@ -158,12 +163,15 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
          f"{row[measure] - first[measure]:+.2f}")
         for name, row in rows.items()
     ]  # fmt: skip
+    try_it = shown(["fairseq-qn", "predict", rows["small"]["file"], "..."])
     head = ("", "bytes", "smaller", f"{measure}{' %' if measure == 'accuracy' else ' x 100'}", "change")
-    return f"\n{table(lines, head)}\n{first['rows']:,} rows of {first['on']}; {rows['small']['file']}"
+    return f"\n{table(lines, head)}\n{first['rows']:,} rows of {first['on']}\n{try_it}"
 
 
 def _same(work: Path, args: argparse.Namespace, recipe: str) -> None:
-    """Raise UnsupportedError where the folder holds another training than this one."""
+    """Raise UnsupportedError where the folder holds another training than this one. Until there is data none
+    does: what is wrong with a file of sentences may be mended.
+    """
     texts = {name: Path(path).read_bytes() for name, path in (("train", args.train), ("valid", args.valid))}
     asked = {
         "model": str(Path(args.model).resolve()),
@@ -172,7 +180,8 @@ def _same(work: Path, args: argparse.Namespace, recipe: str) -> None:
         **{name: getattr(args, name) for name in ("epochs", "lr", "seed", "head", "labels", "bpe")},
     }
     file = work / "asked.json"
-    before = json.loads(file.read_text()) if file.is_file() else asked
+    begun = file.is_file() and (work / "data").is_dir()
+    before = json.loads(file.read_text()) if begun else asked
     if differ := [name for name in asked if before.get(name) != asked[name]]:
         raise UnsupportedError(
             f"{work}: holds a training with another {', '.join(differ)}; go on with the same, give another "

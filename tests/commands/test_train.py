@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from labelled import QUIET, tiny_model, write_recipe, write_sets  # noqa: F401
 
 from fairseq_qn import api, hub
 from fairseq_qn.cli import main
-from fairseq_qn.commands import schedule, train
+from fairseq_qn.commands import plan, schedule, train
 from fairseq_qn.models.starting import start_from
 
 pytestmark = QUIET
@@ -139,7 +140,7 @@ def test_the_plan_is_printed_and_nothing_written(tiny: Path, tmp_path: Path, cap
     before = {*tmp_path.rglob("*")}
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "numbers, head sentence_classification_head" in said and "dense 4 updates" in said
+    assert "numbers, head sentence_classification_head" in said and "dense: 4 updates" in said
     assert "--regression-target" in said and said.count("fairseq-train ") == 2
     assert f"--finetune-from-model {tmp_path}/m.work/data/model/model.pt" in said.replace(" \\\n   ", "")
     assert {*tmp_path.rglob("*")} == before
@@ -156,6 +157,39 @@ def test_what_fails_is_said_in_a_line(tiny: Path, tmp_path: Path, capsys, monkey
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "status 3" in err and "its last line: the cause" in err
     assert not list((tmp_path / "m.work").glob("*.done"))
+
+
+def test_what_was_wrong_with_the_rows_is_mended(tiny: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Nothing was begun yet, so that other rows are no other training."""
+    monkeypatch.setattr(train, "_run", lambda *_: pytest.exit("begun"))
+    words = words_of(tmp_path, tiny, "classes")
+    rows = (tmp_path / "train.tsv").read_text()
+    (tmp_path / "train.tsv").write_text(f"{rows}no second column\n")
+    assert main(words) == 1
+    assert "train.tsv: line 61: expected 2 columns" in capsys.readouterr().err
+    (tmp_path / "train.tsv").write_text(rows)
+    with pytest.raises(pytest.exit.Exception, match="begun"):
+        main(words)
+    (tmp_path / "train.tsv").write_text(f"{rows}late\tthe door\n")
+    assert main(words) == 1
+    assert "another train;" in capsys.readouterr().err
+
+
+def test_fairseqs_chatter_stays_out(tmp_path: Path, monkeypatch, caplog) -> None:
+    """Of our own commands the result goes to their log; what is wrong is still said."""
+
+    def talks(words: list[str]) -> int:
+        logging.getLogger("fairseq").info("a dictionary")
+        logging.getLogger("fairseq").warning(words[0])
+        print("a file")
+        return 0
+
+    monkeypatch.setattr(train, "main", talks)
+    caplog.set_level(logging.INFO)
+    train._here(plan.Step("small", "the small file", ("fairseq-qn", "compress")), tmp_path / "log")
+    assert caplog.messages == ["compress"] and (tmp_path / "log").read_text() == "a file\n"
+    logging.getLogger("fairseq").info("later")
+    assert caplog.messages == ["compress", "later"]
 
 
 def test_one_at_a_time(tiny: Path, tmp_path: Path, capsys) -> None:

@@ -54,8 +54,6 @@ def _register() -> None:
         # fairseq itself imports tasks/ and models/ of a --user-dir, not criterions/, and nothing if the
         # package is imported already
         from fairseq_qn import criterions, models, tasks  # noqa: F401
-        from fairseq_qn.tasks import checkpoint_classes
-    checkpoint_classes.allow()
     uncaught.attach()
 
 

@@ -28,6 +28,7 @@ from small import (
 from torch import Tensor, nn
 
 import fairseq_qn
+from fairseq_qn import api
 from fairseq_qn.artifact import container
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules import export
@@ -291,3 +292,12 @@ GOLDEN = {
     False: "6368223b1c444d3b57d88a52c886bb680d344f174b2f66fd90a55267131f3b8b",
     True: "72d121508d5cdbc5e9f452917c6090678044cee48068ae50934dffdd4505d78b",
 }
+
+
+def test_a_file_in_memory_loads_once(tmp_path: Path) -> None:
+    """Its packed parts are freed as they are unpacked: a second call says so."""
+    fairseq_qn.save(frozen(), tmp_path / "a.qn.safetensors")
+    file = api.read(tmp_path / "a.qn.safetensors")
+    file.load(model=Net())
+    with pytest.raises(UnsupportedError, match="was loaded before, which freed its parts; read it again"):
+        file.load(model=Net())

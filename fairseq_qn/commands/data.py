@@ -54,8 +54,8 @@ class Prepared:
     @property
     def task_options(self) -> list[str]:
         """The words of a fairseq-train command that belong to the task and its data."""
-        words = ["--task", "qn_sentence_prediction", "--num-classes", str(len(self.labels or [""]))]
-        words += ["--init-token", "0", "--separator-token", "2", "--no-shuffle"]
+        words = f"--task qn_sentence_prediction --num-classes {len(self.labels or [''])}".split()
+        words += "--init-token 0 --separator-token 2 --no-shuffle".split()
         if self.head != HEAD:
             words += ["--classification-head-name", self.head]
         return words if self.labels is not None else [*words, "--regression-target"]
@@ -177,21 +177,11 @@ def _write(args: argparse.Namespace, folder: Path, final: Path) -> Prepared:
 
 def _readme(done: Prepared, folder: Path) -> str:
     start = ["fairseq-train", str(folder), "--user-dir", user_dir(), *done.task_options, *done.start_options]
-    rest = [
-        "--criterion",
-        "sentence_prediction",
-        "--batch-size",
-        "32",
-        "--optimizer",
-        "adam",
-        "--lr",
-        "1e-4",
-    ]
-    rest += ["--max-epoch", "4", "--save-dir", "checkpoints"]
+    rest = "--criterion sentence_prediction --batch-size 32 --optimizer adam --lr 1e-4 --max-epoch 4"
     splits = ", ".join(f"`{name}` ({size['rows']:,} rows)" for name, size in done.sets.items())
     return README.format(
         labels=NUMBERS if done.labels is None else CLASSES,
         splits=splits,
         limit=done.max_positions,
-        command=shown([*start, *rest]).replace("\n", "\n    "),
+        command=shown([*start, *rest.split(), "--save-dir", "checkpoints"]).replace("\n", "\n    "),
     )

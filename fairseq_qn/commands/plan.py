@@ -19,6 +19,7 @@ cd "$(dirname "${{BASH_SOURCE[0]}}")"
 export PATH={path}:"$PATH"
 {commands}
 """
+AT_ONCE = "at_once.qn.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,12 @@ def steps(data: Prepared, plan: Schedule, work: Path, output: Path, seed: int, c
     words += _length("staged", plan.staged, plan.staged_warm_up, plan.end_rate)
     words += ["--finetune-from-model", dense, *data.model_options, "--quant-recipe", "recipe.yaml"]
     words += ["--quant-stage-updates", ",".join(map(str, plan.stages))]
-    words += ["--criterion", "quantization_aware", "--wrapped-criterion", "sentence_prediction"]
+    words += "--criterion quantization_aware --wrapped-criterion sentence_prediction".split()
     # 0.8 and 2.0 are minilm_mnli's, whose teacher is the dense model likewise
-    words += ["--teacher-checkpoint", dense, "--distill-weight", "0.8", "--distill-temperature", "2.0"]
+    words += ["--teacher-checkpoint", dense, *"--distill-weight 0.8 --distill-temperature 2.0".split()]
     made.append(Step("staged", "noise, then stages, taught by the dense model", (*words,), plan.staged))
     for name, what, source, target in (
-        (
-            "at_once",
-            "the dense model frozen at once, to compare with",
-            dense,
-            work / "at_once.qn.safetensors",
-        ),
+        ("at_once", "the dense model frozen at once, to compare with", dense, work / AT_ONCE),
         ("small", "the small file", "staged/checkpoint_last.pt", output),
     ):
         words = ["fairseq-qn", "compress", str(work / source), "--recipe", str(work / "recipe.yaml")]
@@ -67,42 +63,27 @@ def _common(data: Prepared, plan: Schedule, work: Path, seed: int, cpu: bool) ->
     """What both runs of fairseq-train are given."""
     epochs, every = plan.save
     words = ["fairseq-train", str(work / "data"), "--user-dir", user_dir(), *(["--cpu"] if cpu else [])]
-    words += [*data.task_options, *data.checkpoint_bpe_words, "--batch-size", str(BATCH), "--max-tokens"]
-    words += [str(max(BATCH_TOKENS, data.max_positions)), "--batch-size-valid", str(2 * BATCH)]
-    words += ["--required-batch-size-multiple", "1"]
-    words += [
-        "--optimizer",
-        "adam",
-        "--adam-betas",
-        "(0.9,0.98)",
-        "--adam-eps",
-        "1e-6",
-        "--clip-norm",
-        "1.0",
-    ]
-    words += ["--weight-decay", "0.01", "--lr", f"{plan.rate:g}", "--lr-scheduler", "polynomial_decay"]
-    words += ["--dropout", "0.1", "--attention-dropout", "0.1", "--pooler-dropout", "0.1"]
-    words += ["--no-epoch-checkpoints", "--save-interval", str(epochs), "--validate-interval", str(epochs)]
-    words += ["--save-interval-updates", str(every), "--keep-interval-updates", "1"] if every else []
-    score = ["loss"] if data.labels is None else ["accuracy", "--maximize-best-checkpoint-metric"]
-    words += ["--best-checkpoint-metric", *score]
-    return [
-        *words,
-        "--log-format",
-        "json",
-        "--log-interval",
-        "10",
-        "--num-workers",
-        "0",
-        "--seed",
-        str(seed),
-    ]
+    words += [*data.task_options, *data.checkpoint_bpe_words]
+    most = max(BATCH_TOKENS, data.max_positions)
+    words += f"--batch-size {BATCH} --max-tokens {most} --batch-size-valid {2 * BATCH}".split()
+    words += "--required-batch-size-multiple 1".split()
+    score = "loss" if data.labels is None else "accuracy --maximize-best-checkpoint-metric"
+    options = (
+        "--optimizer adam --adam-betas (0.9,0.98) --adam-eps 1e-6 --clip-norm 1.0",
+        f"--weight-decay 0.01 --lr {plan.rate:g} --lr-scheduler polynomial_decay",
+        "--dropout 0.1 --attention-dropout 0.1 --pooler-dropout 0.1",
+        f"--no-epoch-checkpoints --save-interval {epochs} --validate-interval {epochs}",
+        f"--save-interval-updates {every} --keep-interval-updates 1" if every else "",
+        f"--best-checkpoint-metric {score}",
+        f"--log-format json --log-interval 10 --num-workers 0 --seed {seed}",
+    )
+    return [*words, *" ".join(options).split()]
 
 
 def _length(name: str, updates: int, warm_up: int, end: float) -> list[str]:
     """What says how long a run is, and where it goes."""
-    words = ["--save-dir", name, "--max-update", str(updates), "--total-num-update", str(updates)]
-    return [*words, "--warmup-updates", str(warm_up), "--end-learning-rate", f"{end:g}"]
+    words = f"--save-dir {name} --max-update {updates} --total-num-update {updates}"
+    return f"{words} --warmup-updates {warm_up} --end-learning-rate {end:g}".split()
 
 
 def script(made: Sequence[Step], programs: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,11 +56,8 @@ class ImportReport:
     train_options: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = (
-            "mapped"
-            if self.lm_head == "mapped"
-            else "absent from the folder; written as identity, to be trained"
-        )
+        absent = "absent from the folder; written as identity, to be trained"
+        head = "mapped" if self.lm_head == "mapped" else absent
         lines = [
             f"{self.model_type} -> {self.checkpoint}: {self.n_parameters:,} parameters, {self.n_symbols:,} "
             "symbols",
@@ -79,9 +77,8 @@ class ImportReport:
     def command(self) -> str:
         """A fairseq-train command that fine-tunes it to classify; DATA and N are the user's."""
         width = int(self.train_options[self.train_options.index("--encoder-embed-dim") + 1])
-        lr = (
-            "2e-5" if width >= 768 else "5e-5"
-        )  # of BERT's paper (Devlin et al. 2019); narrow models bear more
+        # of BERT's paper (Devlin et al. 2019); narrow models bear more
+        lr = "2e-5" if width >= 768 else "5e-5"
         words = (
             'DATA --user-dir "$(fairseq-qn user-dir)" --task qn_sentence_prediction --arch qn_roberta',
             *self.train_options,
@@ -144,9 +141,9 @@ def _check_config(config: dict, where: Path) -> None:
         "is_decoder": (False,),
         "add_cross_attention": (False,),
     }
-    config.setdefault("position_embedding_type", "absolute")  # older and newer folders leave these three out
-    config.setdefault("is_decoder", False)
-    config.setdefault("add_cross_attention", False)
+    # older and newer folders leave these three out
+    absent = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+    config.update({**absent, **config})
     for name, allowed in expected.items():
         if config.get(name) not in allowed:
             raise UnsupportedError(
@@ -245,15 +242,11 @@ def _lm_head(
     state: Tensors, take: Take, left: Tensors, config: dict, vocabulary: Vocabulary, words: torch.Tensor
 ) -> tuple[str, bool]:
     """Fill the masked-LM head of `state`; returns how, and whether its projection is untied."""
-    kind, d = config["model_type"], config["hidden_size"]
+    kind = config["model_type"]
     state[keys.LM + "weight"] = words  # the same tensor: torch.save stores it once
     if keys.LM_BIAS[kind] not in left:
         words[PADDING_IDX] = 0
-        state.update({keys.LM + "dense.weight": torch.eye(d), keys.LM + "dense.bias": torch.zeros(d)})
-        state.update(
-            {keys.LM + "layer_norm.weight": torch.ones(d), keys.LM + "layer_norm.bias": torch.zeros(d)}
-        )
-        state[keys.LM + "bias"] = torch.zeros(len(words))
+        state.update(identity_head(words))
         return "identity", False
     state.update({e.target: take(e.source, e.shape) for e in keys.entries(keys.LM_HEAD[kind])})
     bias = take(keys.LM_BIAS[kind], "v")
@@ -268,6 +261,34 @@ def _lm_head(
     words[PADDING_IDX] = 0
     state[keys.LM + "weight"] = projection
     return "mapped", True
+
+
+def identity_head(words: torch.Tensor) -> Tensors:
+    """A masked-LM head over words [v, d] that changes nothing: fairseq restores no checkpoint without."""
+    rows, d = words.shape
+    parts = {
+        "weight": words, "bias": torch.zeros(rows), "dense.weight": torch.eye(d),
+        "dense.bias": torch.zeros(d), "layer_norm.weight": torch.ones(d), "layer_norm.bias": torch.zeros(d),
+    }  # fmt: skip
+    return {keys.LM + name: tensor for name, tensor in parts.items()}
+
+
+def checkpoint_of(args: Namespace, weights: Tensors) -> dict[str, Any]:
+    """What fairseq restores: a checkpoint before the first update."""
+    history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
+    extra = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
+    return {"args": args, "model": weights, "optimizer_history": [history], "extra_state": extra}
+
+
+def options_of(args: Any, names: Iterable[str]) -> list[str]:
+    """Options that are set as the words of a command line."""
+    given = ((name, getattr(args, name, None)) for name in names)
+    return [
+        word
+        for name, value in given
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def _namespace(config: dict, max_positions: int, untied: bool) -> Namespace:
@@ -295,16 +316,12 @@ def _namespace(config: dict, max_positions: int, untied: bool) -> Namespace:
 
 
 def _train_options(args: Namespace) -> tuple[str, ...]:
-    names = (
-        "encoder_layers",
-        "encoder_embed_dim",
-        "encoder_ffn_embed_dim",
-        "encoder_attention_heads",
-        "activation_fn",
-        "max_positions",
+    sizes = "encoder_layers encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads"
+    names = [*sizes.split(), "activation_fn", "max_positions"]
+    return (
+        *options_of(args, names),
+        *(["--untie-weights-roberta"] if args.untie_weights_roberta else []),
     )
-    options = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return (*options, *(["--untie-weights-roberta"] if args.untie_weights_roberta else []))
 
 
 def _write(
@@ -321,22 +338,12 @@ def _write(
         args.bpe, options = "gpt2", {}
         named = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
     else:
-        args.bpe, options, named = (
-            "qn_wordpiece",
-            {"wordpiece_cased": cased},
-            {"wordpiece_vocab": "vocab.txt"},
-        )
+        args.bpe, options = "qn_wordpiece", {"wordpiece_cased": cased}
+        named = {"wordpiece_vocab": "vocab.txt"}
     vars(args).update(options, **{option: str(folder / name) for option, name in named.items()})
     inside = {option: f"asset:{name}" for option, name in named.items()}
-    history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
-    checkpoint = {
-        "args": args,
-        "model": state,
-        "optimizer_history": [history],
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
-        # so that `compress` finds the BPE wherever the checkpoint is moved to
-        "qn_text": {"bpe": {"_name": args.bpe, **options, **inside}, "files": dict(vocabulary.files)},
-    }
+    # so that `compress` finds the BPE wherever the checkpoint is moved to
+    text = {"bpe": {"_name": args.bpe, **options, **inside}, "files": dict(vocabulary.files)}
     with replacing(output) as file:
-        torch.save(checkpoint, file)
+        torch.save({**checkpoint_of(args, state), "qn_text": text}, file)
     return tuple(folder / name for name in texts)

@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fairseq_qn.kernels import native
-from fairseq_qn.kernels.native import POINTER, SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ARGUMENTS = (*native.THREADS, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER)
 
 
 def usable(levels: Tensor, scale: Tensor) -> bool:
@@ -34,15 +31,12 @@ def dequantize(levels: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None =
     """
     levels, scale, zero = levels.contiguous(), scale.contiguous(), zero.contiguous()
     weight = torch.empty(levels.shape) if out is None else out.view(levels.shape)
-    native.function("qn_dequantize", _ARGUMENTS)(
+    native.function("qn_dequantize", "PiPPPqqP")(
         *native.threads(), levels.data_ptr(), scale.data_ptr(), zero.data_ptr(), levels.numel(),
         levels.shape[1],
         weight.data_ptr(),
     )  # fmt: skip
     return weight
-
-
-_NOISE = (*native.THREADS, POINTER, POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, POINTER)
 
 
 def noise(weight: Tensor, mask: Tensor, begin: int, steps: Tensor, out: Tensor) -> None:
@@ -51,7 +45,7 @@ def noise(weight: Tensor, mask: Tensor, begin: int, steps: Tensor, out: Tensor) 
     step, scale, highest. All contiguous.
     """
     step, scale, highest = (t.data_ptr() for t in steps)
-    native.function("qn_integer_noise", _NOISE)(
+    native.function("qn_integer_noise", "PiPPPPPqqqP")(
         *native.threads(), weight.data_ptr() + 4 * begin, mask.data_ptr(), step, scale, highest, begin,
         len(mask), out.shape[1],
         out.data_ptr() + 4 * begin,

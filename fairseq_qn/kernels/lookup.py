@@ -7,29 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fairseq_qn.kernels import native
-from fairseq_qn.kernels.native import INT, POINTER, SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 64  # block sizes that the kernel takes
 _CHUNK = 4096  # outputs of a piece of work: their sums, 256 KiB for 16 rows, stay in a core's L2
-_ARGUMENTS = (
-    *native.THREADS,
-    POINTER,
-    SIZE,
-    POINTER,
-    POINTER,
-    SIZE,
-    INT,
-    POINTER,
-    POINTER,
-    SIZE,
-    SIZE,
-    SIZE,
-    INT,
-    POINTER,
-)
 
 
 def usable(codes: Tensor, codebook: Tensor) -> bool:
@@ -57,9 +40,9 @@ def linear(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None = Non
     lanes = 4 if rows <= 4 else 8 if rows <= 8 else 16
     threads = native.threads()
     chunk = _chunk(out, -(-rows // lanes), threads[1])
-    size = native.function("qn_lookup_scratch", (SIZE, INT, SIZE, INT), SIZE)(k, d, chunk, lanes)
+    size = native.function("qn_lookup_scratch", "qiqi", "q")(k, d, chunk, lanes)
     scratch = native.scratch(threads[1] * size)
-    native.function("qn_lookup", _ARGUMENTS)(
+    native.function("qn_lookup", "PiPqPPqiPPqqqiP")(
         *threads, x.data_ptr(), rows, codes.data_ptr(), codebook.data_ptr(), k, d,
         None if bias is None else bias.data_ptr(),
         y.data_ptr(), groups, out, chunk, lanes, scratch.data_ptr(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-THREADS = (POINTER, INT)  # the first two arguments of a kernel that shares its work out: `threads()`
+_TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64, "d": ctypes.c_double}
 
 
 @cache
@@ -31,11 +29,13 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
-def function(name: str, arguments: Sequence[Any], result: Any = None) -> Any:
-    """A kernel by its name in C, with the types of its arguments and result; None without the library."""
+def function(name: str, arguments: str, result: str = "") -> Any:
+    """A kernel by its name in C; None without the library. The types of its arguments and result are letters
+    of the struct module: P a pointer, i int32, q int64, d double; `threads()` is "Pi".
+    """
     found = getattr(library(), name, None)
     if found is not None:
-        found.argtypes, found.restype = list(arguments), result
+        found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], _TYPES.get(result)
     return found
 
 
@@ -43,7 +43,7 @@ def function(name: str, arguments: Sequence[Any], result: Any = None) -> Any:
 def _fork() -> int | None:
     """Address of the OpenMP runtime's GOMP_parallel that torch has loaded, or None."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, POINTER).value
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):  # no OpenMP, or Windows
         return None
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from ctypes import c_double
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from fairseq_qn.kernels import native
-from fairseq_qn.kernels.native import INT, POINTER, SIZE, THREADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +31,7 @@ def usable(x: Tensor) -> bool:
 def lanes() -> int:
     """Floats in the widest vectors of this processor that the kernel uses: 4, 8 or 16."""
     found = torch.empty((), dtype=torch.int32)
-    native.function("qn_lanes", (POINTER,))(found.data_ptr())
+    native.function("qn_lanes", "P")(found.data_ptr())
     return int(found)
 
 
@@ -45,20 +43,10 @@ def lay_out(x: Tensor, shift: Tensor, scale: float) -> tuple[Tensor, float]:
     (n, d), step = x.shape, _step(len(x), 1)
     points = torch.empty(-(-n // TILE), d, TILE)
     energies = torch.zeros(-(-n // step), dtype=torch.float64)
-    kernel = native.function(
-        "qn_lay_out", (*THREADS, POINTER, SIZE, INT, POINTER, c_double, SIZE, POINTER, POINTER)
-    )
-    kernel(
-        *native.threads(),
-        x.data_ptr(),
-        n,
-        d,
-        shift.data_ptr(),
-        scale,
-        step,
-        points.data_ptr(),
+    native.function("qn_lay_out", "PiPqiPdqPP")(
+        *native.threads(), x.data_ptr(), n, d, shift.data_ptr(), scale, step, points.data_ptr(),
         energies.data_ptr(),
-    )
+    )  # fmt: skip
     return points, sum(energies.tolist())
 
 
@@ -86,24 +74,7 @@ def _run(
     pieces = max(1, -(-n // step))
     sums, counts = torch.empty(pieces, k, d, dtype=torch.float64), torch.empty(pieces, k, dtype=torch.int64)
     bias = None if codebook is None else codebook.pow(2).sum(1).div_(-2)
-    kernel = native.function(
-        "qn_assign",
-        (
-            *THREADS,
-            POINTER,
-            POINTER,
-            SIZE,
-            INT,
-            POINTER,
-            POINTER,
-            SIZE,
-            SIZE,
-            INT,
-            POINTER,
-            POINTER,
-            POINTER,
-        ),
-    )
+    kernel = native.function("qn_assign", "PiPPqiPPqqiPPP")
     address = [None if t is None else t.data_ptr() for t in (points, x, codebook, bias, codes, sums, counts)]
     kernel(*native.threads(), *address[:2], n, d, *address[2:4], k, step, width, *address[4:])
     return sums[0], counts[0]

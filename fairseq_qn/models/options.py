@@ -16,18 +16,18 @@ from typing import Any
 from fairseq_qn.artifact.header import short
 from fairseq_qn.errors import FormatError, QNError
 from fairseq_qn.models.option_types import (
+    FLAG,
+    FOLDER,
+    NAMED,
+    NUMERALS,
     Cutoffs,
-    Flag,
-    Folder,
-    Named,
     Number,
-    Numerals,
-    OneOf,
-    Only,
     OptionType,
     RecipeText,
-    Whole,
-)
+    one_word,
+    only,
+    whole,
+)  # fmt: skip
 
 Refusal = Callable[[str], QNError]  # the message -> what is raised
 DICTIONARIES = ("source_dictionary", "target_dictionary", "label_dictionary")
@@ -35,66 +35,67 @@ MAX_LAYERS = 256  # fairseq takes 3 ms and 50 kB to build one
 MAX_SIZE = 1 << 16
 MAX_HEADS = 256  # classification heads
 
-_FLAG, _CHANCE, _SIZE, _POSITIONS = Flag(), Number(0, 1), Whole(1, MAX_SIZE), Whole(2, 1 << 20)
-_ACTIVATION = OneOf(("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"))
+_CHANCE, _SIZE, _POSITIONS, _INDEX = Number(0, 1), whole(1, MAX_SIZE), whole(2, 1 << 20), whole(0, 1 << 30)
+_ACTIVATION = one_word(("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"))
+
+
+def _each(names: str, kind: OptionType) -> dict[str, OptionType]:
+    return dict.fromkeys(names.split(), kind)
+
+
 _EVERY = {
-    "activation_fn": _ACTIVATION, "dropout": _CHANCE, "attention_dropout": _CHANCE,
-    "activation_dropout": _CHANCE,
-    "layernorm_embedding": _FLAG, "no_scale_embedding": _FLAG, "no_token_positional_embeddings": _FLAG,
+    "activation_fn": _ACTIVATION, **_each("dropout attention_dropout activation_dropout", _CHANCE),
+    **_each("layernorm_embedding no_scale_embedding no_token_positional_embeddings", FLAG),
 }  # fmt: skip
 
 
 def _stack(side: str) -> dict[str, OptionType]:
-    return {
-        f"{side}_layers": Whole(0, MAX_LAYERS), f"{side}_embed_dim": _SIZE, f"{side}_ffn_embed_dim": _SIZE,
-        f"{side}_attention_heads": Whole(1, 256), f"{side}_layerdrop": _CHANCE,
-        f"{side}_normalize_before": _FLAG,
-        f"{side}_learned_pos": _FLAG, f"{side}_xformers_att_config": Only(None),
+    kinds = {
+        "layers": whole(0, MAX_LAYERS), "attention_heads": whole(1, 256), "layerdrop": _CHANCE,
+        **_each("embed_dim ffn_embed_dim", _SIZE), **_each("normalize_before learned_pos", FLAG),
+        "xformers_att_config": only(None),
     }  # fmt: skip
+    return {f"{side}_{name}": kind for name, kind in kinds.items()}
 
 
 _DECODER = {
-    **_stack("decoder"), "decoder_input_dim": _SIZE, "decoder_output_dim": _SIZE,
-    "no_decoder_final_norm": _FLAG,
-    "share_decoder_input_output_embed": _FLAG, "max_target_positions": _POSITIONS,
-    "adaptive_softmax_cutoff": Cutoffs(), "adaptive_softmax_dropout": _CHANCE,
-    "adaptive_softmax_factor": Number(1, 64),
-    "tie_adaptive_weights": _FLAG, "tie_adaptive_proj": _FLAG, "base_layers": Only(0),
+    **_stack("decoder"), **_each("decoder_input_dim decoder_output_dim", _SIZE),
+    **_each("no_decoder_final_norm share_decoder_input_output_embed", FLAG),
+    "max_target_positions": _POSITIONS, "base_layers": only(0),
+    **_each("tie_adaptive_weights tie_adaptive_proj", FLAG), "adaptive_softmax_cutoff": Cutoffs(),
+    "adaptive_softmax_dropout": _CHANCE, "adaptive_softmax_factor": Number(1, 64),
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, OptionType]] = {
     "qn_roberta": {
         **_EVERY, **_stack("encoder"), "max_positions": _POSITIONS, "pooler_activation_fn": _ACTIVATION,
-        "pooler_dropout": _CHANCE, "untie_weights_roberta": _FLAG,
-        "spectral_norm_classification_head": _FLAG,
+        "pooler_dropout": _CHANCE, **_each("untie_weights_roberta spectral_norm_classification_head", FLAG),
         "layer_norm_eps": Number(0, 1),
     },
     "qn_transformer": {
         **_EVERY, **_stack("encoder"), **_DECODER, "max_source_positions": _POSITIONS,
-        "share_all_embeddings": _FLAG,
-        "merge_src_tgt_embed": _FLAG, "no_cross_attention": _FLAG, "cross_self_attention": _FLAG,
+        **_each("share_all_embeddings merge_src_tgt_embed no_cross_attention cross_self_attention", FLAG),
     },
     "qn_transformer_lm": {
-        **_EVERY, **_DECODER, "tokens_per_sample": _POSITIONS, "add_bos_token": _FLAG,
-        "character_embeddings": Only(False),
-        "adaptive_input": _FLAG, "adaptive_input_factor": Number(1, 64), "adaptive_input_cutoff": Cutoffs(),
-        "scale_fc": _FLAG, "scale_attn": _FLAG, "scale_heads": _FLAG, "scale_resids": _FLAG,
+        **_EVERY, **_DECODER, "tokens_per_sample": _POSITIONS, "character_embeddings": only(False),
+        **_each("add_bos_token adaptive_input scale_fc scale_attn scale_heads scale_resids", FLAG),
+        "adaptive_input_factor": Number(1, 64), "adaptive_input_cutoff": Cutoffs(),
     },
 }  # fmt: skip
 
 TASKS: dict[str, dict[str, OptionType]] = {
     "qn_masked_lm": {"tokens_per_sample": _POSITIONS},
     "qn_sentence_prediction": {
-        "num_classes": Whole(1, 1 << 20), "regression_target": _FLAG, "classification_head_name": Named(),
-        "max_positions": _POSITIONS, "init_token": Whole(0, 1 << 30), "separator_token": Whole(0, 1 << 30),
+        "num_classes": whole(1, 1 << 20), "regression_target": FLAG, "classification_head_name": NAMED,
+        "max_positions": _POSITIONS, **_each("init_token separator_token", _INDEX),
     },
     "qn_language_modeling": {
-        "tokens_per_sample": _POSITIONS, "max_target_positions": _POSITIONS, "add_bos_token": _FLAG,
-        "output_dictionary_size": Whole(-1, 1 << 30),
+        **_each("tokens_per_sample max_target_positions", _POSITIONS), "add_bos_token": FLAG,
+        "output_dictionary_size": whole(-1, 1 << 30),
     },
     "qn_translation": {
-        "max_source_positions": _POSITIONS, "max_target_positions": _POSITIONS, "left_pad_source": _FLAG,
-        "left_pad_target": _FLAG,
+        **_each("max_source_positions max_target_positions", _POSITIONS),
+        **_each("left_pad_source left_pad_target", FLAG),
     },
 }  # fmt: skip
 NEEDED = {  # dictionaries
@@ -105,14 +106,13 @@ NEEDED = {  # dictionaries
 
 # what a checkpoint may say beyond that: how it goes on training, and where its dictionaries are
 CHECKPOINT_MODEL: dict[str, OptionType] = {
-    "quant_noise_pq": _CHANCE, "quant_noise_pq_block_size": Whole(1, 4096), "quant_noise_scalar": _CHANCE,
-    "encoder_layers_to_keep": Numerals(), "decoder_layers_to_keep": Numerals(), "quant_recipe": RecipeText(),
+    **_each("quant_noise_pq quant_noise_scalar", _CHANCE), "quant_noise_pq_block_size": whole(1, 4096),
+    **_each("encoder_layers_to_keep decoder_layers_to_keep", NUMERALS), "quant_recipe": RecipeText(),
 }  # fmt: skip
 CHECKPOINT_TASK: dict[str, OptionType] = {
-    "data": Folder(), "source_lang": Named(), "target_lang": Named(),
-    "seed": Whole(-(1 << 63), (1 << 63) - 1),
-    "quant_recipe": RecipeText(), "quant_stage_updates": Numerals(), "quant_stage_epochs": Numerals(),
-    "quant_iterations": Whole(0, 1 << 20),
+    "data": FOLDER, **_each("source_lang target_lang", NAMED), "seed": whole(-(1 << 63), (1 << 63) - 1),
+    **_each("quant_stage_updates quant_stage_epochs", NUMERALS), "quant_recipe": RecipeText(),
+    "quant_iterations": whole(0, 1 << 20),
 }  # fmt: skip
 
 # option of each BPE that a file may carry -> the ending of its own file; then the options that are not files
@@ -124,13 +124,13 @@ BPE_FILES = {
     "subword_nmt": {"bpe_codes": ""},
 }
 BPES: dict[str, dict[str, OptionType]] = {
-    "sentencepiece": {"sentencepiece_enable_sampling": _FLAG, "sentencepiece_alpha": _CHANCE},
+    "sentencepiece": {"sentencepiece_enable_sampling": FLAG, "sentencepiece_alpha": _CHANCE},
     "gpt2": {},
-    "qn_wordpiece": {"wordpiece_cased": _FLAG},
+    "qn_wordpiece": {"wordpiece_cased": FLAG},
     "fastbpe": {},
-    "subword_nmt": {"bpe_separator": OneOf(("@@", "@", "##", "\uffed", "\u2581"))},
+    "subword_nmt": {"bpe_separator": one_word(("@@", "@", "##", "\uffed", "\u2581"))},
 }
-_LANGUAGE = OneOf(
+_LANGUAGE = one_word(
     tuple(
         "as bn ca cs de el en es et fi fr ga gu hi hu is it kn lt lv ml mni mr nl or pa pl pt ro ru sk sl "
         "sv ta tdt te yue zh".split()
@@ -140,10 +140,8 @@ TOKENIZERS: dict[str, dict[str, OptionType]] = {
     "space": {},
     "nltk": {},
     "moses": {
-        "source_lang": _LANGUAGE,
-        "target_lang": _LANGUAGE,
-        "moses_no_dash_splits": _FLAG,
-        "moses_no_escape": _FLAG,
+        **_each("source_lang target_lang", _LANGUAGE),
+        **_each("moses_no_dash_splits moses_no_escape", FLAG),
     },
 }
 

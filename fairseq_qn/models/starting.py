@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fairseq_qn import api
 from fairseq_qn.artifact.replacing import replacing
 from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
-from fairseq_qn.interop.hf import import_hf
+from fairseq_qn.interop.hf import checkpoint_of, identity_head, import_hf, options_of
 from fairseq_qn.models.bpe import Guarded, checked_text
 from fairseq_qn.models.checkpoint import configuration, read_checkpoint
 from fairseq_qn.models.describe import build_model, build_task, checked, fairseq_refuses
@@ -128,14 +128,8 @@ def _of_checkpoint(path: Path, folder: Path, bpe: BPE | None) -> Start:
 
 
 def _words(model: Any) -> list[str]:
-    given = {name: getattr(model, name, None) for name in (*VALUES, *FLAGS)}
-    words = [
-        word
-        for name in VALUES
-        if given[name] is not None
-        for word in (f"--{name.replace('_', '-')}", str(given[name]))
-    ]
-    return [*words, *(f"--{name.replace('_', '-')}" for name in FLAGS if given[name])]
+    flags = (f"--{name.replace('_', '-')}" for name in FLAGS if getattr(model, name, None))
+    return [*options_of(model, VALUES), *flags]
 
 
 def _dictionary(path: Path, data: str | None) -> Dictionary:
@@ -211,14 +205,8 @@ def _unpack(path: Path, folder: Path) -> BPE:
     del given["_name"]
     args = Namespace(**given, data=".", criterion="sentence_prediction")
     with replacing(folder / CHECKPOINT) as out:
-        torch.save(_checkpoint(args, _whole(model)), out)
+        torch.save(checkpoint_of(args, _whole(model)), out)
     return BPE(name, tuple(files.values()), {k: v for k, v in text["bpe"].items() if k in BPES[name]})
-
-
-def _checkpoint(args: Namespace, weights: dict[str, Tensor]) -> dict[str, Any]:
-    history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
-    extra = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
-    return {"args": args, "model": weights, "optimizer_history": [history], "extra_state": extra}
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
@@ -227,11 +215,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     """
     weights = dict(model.state_dict())
     if isinstance(getattr(model.encoder, "lm_head", None), Dropped):
-        words, lm = weights[EMBEDDING], "encoder.lm_head."
-        rows, width = words.shape
-        weights |= {f"{lm}weight": words, f"{lm}bias": torch.zeros(rows)}
-        weights |= {f"{lm}dense.weight": torch.eye(width), f"{lm}dense.bias": torch.zeros(width)}
-        weights |= {f"{lm}layer_norm.weight": torch.ones(width), f"{lm}layer_norm.bias": torch.zeros(width)}
+        weights |= identity_head(weights[EMBEDDING])
     return weights
 
 

@@ -139,19 +139,10 @@ def _by_stored(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         x, bias, dtype = _autocast(x), _autocast(bias), _autocast(like).dtype
     rank_2, (out_features, in_features) = "mat2" in roles, weight.stored.shape
     if (
-        weight.transposed is not transposed
-        or x.dim() == 0
-        or (rank_2 and x.dim() != 2)
-        or x.shape[-1] != in_features
-    ):
-        return None
-    if (
-        x.dtype != dtype
-        or x.device != like.device
-        or x.layout != torch.strided
-        or x.numel() == 0
-        or native.watched()
-    ):
+        weight.transposed is not transposed or x.dim() == 0 or (rank_2 and x.dim() != 2)
+        or x.shape[-1] != in_features or x.dtype != dtype or x.device != like.device
+        or x.layout != torch.strided or x.numel() == 0 or native.watched()
+    ):  # fmt: skip
         return None
     if bias is not None and (
         bias.shape != (out_features,) or bias.dtype != dtype or bias.device != x.device
@@ -197,16 +188,7 @@ _MATMULS: dict[Any, tuple[dict[str, str], bool]] = {
     torch.addmm: _ADDMM, Tensor.addmm: _ADDMM,
 }  # fmt: skip
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__}
-_OF_THE_SHAPE = {
-    "__get__",
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "element_size",
-    "is_floating_point",
-    "__len__",
-    "is_complex",
-    "get_device",
-}
+_OF_THE_SHAPE = frozenset(
+    "__get__ size dim ndimension numel nelement element_size is_floating_point __len__ is_complex get_device"
+    .split()
+)  # fmt: skip

@@ -82,6 +82,8 @@ class File:
         """The model, in eval mode; see `load`. Once: packed parts are freed as they are unpacked."""
         if mode not in ("dense", "packed"):
             raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
+        if not self.tensors.keys() >= self.manifest["tensors"].keys():
+            raise UnsupportedError(f"{self.path}: was loaded before, which freed its parts; read it again")
         if mode == "dense" and not large and (problem := dense_excess(self.manifest)):
             todo = 'load it with mode="packed", or with large=True if you trust it'
             raise UnsupportedError(f"{self.path}: {problem}; {todo}")

@@ -16,7 +16,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq_run import EACH, MLM, PLUGIN, ROOT, Run, arguments, differing, train
 
-from fairseq_qn.tasks import checkpoint_copies
+from fairseq_qn.tasks import patches
 
 # Stops for good in the middle of the copy to a name, however copies are made: shutil.copyfile is fairseq's
 # own way.
@@ -34,7 +34,7 @@ def due(path):
     found.append(os.path.basename(path) == name)
     return found.count(True) == int(at)
 copyfile, copyfileobj = shutil.copyfile, shutil.copyfileobj
-replacing = fairseq_qn.tasks.checkpoint_copies.replacing
+replacing = fairseq_qn.tasks.patches.replacing
 def by_name(source, target, **rest):
     if due(target):
         with open(source, "rb") as a, open(target, "wb") as b: half(a, b)
@@ -42,7 +42,7 @@ def by_name(source, target, **rest):
 def beside(path):
     if due(path): shutil.copyfileobj = lambda a, b, *rest: half(a, b)
     return replacing(path)
-shutil.copyfile, fairseq_qn.tasks.checkpoint_copies.replacing = by_name, beside
+shutil.copyfile, fairseq_qn.tasks.patches.replacing = by_name, beside
 from fairseq_cli import train; train.cli_main()
 """
 
@@ -79,10 +79,7 @@ def test_killed_inside_the_copy(name: str, straight: tuple[Run, list[str]], tmp_
 
 
 def test_only_the_copies_of_checkpoints_change(tmp_path: Path) -> None:
-    assert (
-        checkpoint_utils.PathManager is checkpoint_copies._PathManager
-        and PathManager is not checkpoint_copies._PathManager
-    )
+    assert checkpoint_utils.PathManager is patches._PathManager and PathManager is not patches._PathManager
     (tmp_path / "a").write_bytes(b"new" * 1000)
     (tmp_path / "b").write_bytes(b"old")
     (tmp_path / "link").symlink_to("b")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import reprlib
+from typing import Any
 
 MAX_MESSAGE = 300  # characters
 _TAIL = 110  # of them for the end of a message that is cut: what was found, and what to do
 _WORD = 100  # characters of a word (a path, a name) that a long message keeps
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+_REPR.maxdict = 8
 
 
 def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
@@ -25,6 +30,12 @@ def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
 
 def _cut(text: str, limit: int, tail: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
+
+
+def short(value: Any) -> str:
+    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class QNError(Exception):

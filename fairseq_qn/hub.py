@@ -19,21 +19,8 @@ from fairseq_qn.models.stock import export_fairseq
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
 
 __all__ = [
-    "BPE_FILES",
-    "SUFFIX",
-    "QNGeneratorHub",
-    "QNRobertaHub",
-    "QNRobertaModel",
-    "QNTransformerLanguageModel",
-    "QNTransformerModel",
-    "carry_bpe",
-    "checkpoint_interface",
-    "export_fairseq",
-    "find_file",
-    "is_small",
-    "load_any",
-    "load_checkpoint",
-    "load_interface",
-    "ranked",
+    "BPE_FILES", "SUFFIX", "QNGeneratorHub", "QNRobertaHub", "QNRobertaModel",
+    "QNTransformerLanguageModel", "QNTransformerModel", "carry_bpe", "checkpoint_interface",
+    "export_fairseq", "find_file", "is_small", "load_any", "load_checkpoint", "load_interface", "ranked",
     "text_of",
-]
+]  # fmt: skip

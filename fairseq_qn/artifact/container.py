@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairseq_qn.artifact import header
-from fairseq_qn.artifact.header import PathLike, Spec, bad, short
+from fairseq_qn.artifact.header import PathLike, Spec, bad
 from fairseq_qn.artifact.replacing import replacing
-from fairseq_qn.errors import EncodeError
+from fairseq_qn.errors import EncodeError, short
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,7 +29,6 @@ import hashlib
 import math
 import os
 import re
-import reprlib
 import zlib
 from base64 import b85decode, b85encode
 from collections.abc import Iterator, Mapping
@@ -37,7 +36,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from fairseq_qn.artifact import strict_json
-from fairseq_qn.errors import EncodeError, FormatError
+from fairseq_qn.errors import EncodeError, FormatError, short
 
 FORMAT = "fairseq_qn"
 VERSION = 2
@@ -64,9 +63,6 @@ ITEM_BYTES = dict(DTYPES.values())
 Spec = tuple[str, tuple[int, ...]]  # torch's name of the dtype, and the shape
 PathLike = str | os.PathLike[str]
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 60
-_REPR.maxdict = 8
 _BLANK = "0" * 64
 _DIGEST_BYTES = 32
 _FIELDS = {  # version -> the metadata's fields
@@ -185,12 +181,6 @@ def bad(path: PathLike, what: str, expected: str, found: str, todo: str = "") ->
     """A FormatError of one line. todo: what the user can do, if not to fetch or save the file again."""
     todo = todo or "damaged, or not of fairseq_qn: fetch or save it again"
     return FormatError(f"{os.fspath(path)}: {what}: expected {expected}, found {found}; {todo}")
-
-
-def short(value: Any) -> str:
-    """The repr, on one line, cut at 60 characters: a damaged file may hold anything, of any size."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _verified_bytes(file: BinaryIO, path: PathLike) -> bytes:

@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairseq_qn.artifact import header, streams
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError
+from fairseq_qn.errors import FormatError, short
 from fairseq_qn.quant.half import FLOATS
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.activation import ACTIVATIONS

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fairseq_qn.artifact.ans import Ans
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError
+from fairseq_qn.errors import FormatError, short
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.base import Entry, Specs
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_qn.artifact import manifest
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.errors import FormatError, UnsupportedError, short
 from fairseq_qn.models.options import BPE_FILES, BPES, TOKENIZERS, one_of, take
 
 # what the libraries do not check: one ends the process at other lines, the other reads on past them

@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fairseq_qn import api
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
+from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError, short
 from fairseq_qn.models import options
 from fairseq_qn.models.bpe import carried_text
 from fairseq_qn.models.describe import fairseq_refuses, model_of, ours

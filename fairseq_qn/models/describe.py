@@ -20,8 +20,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from omegaconf import OmegaConf
 from torch import nn
 
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError, QNError, UnsupportedError
+from fairseq_qn.errors import FormatError, QNError, UnsupportedError, short
 from fairseq_qn.models import options
 from fairseq_qn.models.config import config_of
 from fairseq_qn.models.option_types import NAME

@@ -13,8 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import FormatError, QNError
+from fairseq_qn.errors import FormatError, QNError, short
 from fairseq_qn.models.option_types import (
     FLAG,
     FOLDER,

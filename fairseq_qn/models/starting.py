@@ -197,10 +197,10 @@ def _unpack(path: Path, folder: Path) -> BPE:
     files = {option: folder / text["bpe"][option] for option in BPE_FILES[name]}
     for option, target in files.items():
         target.write_bytes(file.assets[text["bpe"][option]])
-    _write_dictionary(folder / DICTIONARY, task.source_dictionary)
+    write_dictionary(folder / DICTIONARY, task.source_dictionary)
     labels = getattr(task, "label_dictionary", None)
     if labels is not None and labels is not task.source_dictionary:  # of numbers it is
-        _write_dictionary(folder / "label" / DICTIONARY, labels)
+        write_dictionary(folder / "label" / DICTIONARY, labels)
     given = {**source["model"], **source["task"], "arch": "qn_roberta", "task": source["task"]["_name"]}
     del given["_name"]
     args = Namespace(**given, data=".", criterion="sentence_prediction")
@@ -219,7 +219,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _write_dictionary(path: Path, dictionary: Dictionary) -> None:
+def write_dictionary(path: Path, dictionary: Dictionary) -> None:
     """As fairseq reads it: less the specials, and <mask>, which its tasks add."""
     path.parent.mkdir(parents=True, exist_ok=True)
     symbols = [symbol for symbol in dictionary.symbols[dictionary.nspecial :] if symbol != "<mask>"]

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fairseq_qn.artifact.header import short
-from fairseq_qn.errors import MismatchError
+from fairseq_qn.errors import MismatchError, short
 
 # attributes that change what a module answers from the same tensors
 _OPTIONS = (

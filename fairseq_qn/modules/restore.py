@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.artifact import container, streams
-from fairseq_qn.artifact.header import short
 from fairseq_qn.artifact.manifest import Assets, check, dense_excess, dense_names, transposed
-from fairseq_qn.errors import FormatError, UnsupportedError
+from fairseq_qn.errors import FormatError, UnsupportedError, short
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
 from fairseq_qn.modules.fits import check_fits

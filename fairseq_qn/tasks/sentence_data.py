@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fairseq_qn.errors import DataError
 from fairseq_qn.interop.tsv import Row, values
+from fairseq_qn.models.starting import write_dictionary
 from fairseq_qn.models.batches import token_ids
 
 _RESERVED = re.compile(r"<(s|pad|/s|unk|mask)>|madeupword\d{4,}")  # names that fairseq's dictionaries use
@@ -143,9 +144,7 @@ def _write(folder: Path, name: str, rows: Sequence[Tensor], dictionary: Dictiona
         builder.add_item(torch.cat([ids, end]))
     builder.finalize(str(folder / f"{name}.idx"))
     if not (folder / "dict.txt").exists():
-        symbols = dictionary.symbols[dictionary.nspecial :]
-        text = "".join(f"{symbol} 1\n" for symbol in symbols if symbol != "<mask>")  # the task adds it
-        (folder / "dict.txt").write_text(text, encoding="utf-8")
+        write_dictionary(folder / "dict.txt", dictionary)
 
 
 def _write_labels(folder: Path, name: str, rows: Sequence[Row], names: Sequence[str] | None) -> None:

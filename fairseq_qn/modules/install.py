@@ -42,14 +42,12 @@ def _viewed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
     """A subclass of `base`, of the same name, whose attributes are read through the instance's views."""
     body = {attribute: _view_property(attribute) for attribute in attributes}
     body |= {
-        "_qn_base": base,
-        "__setattr__": _set_attribute,
-        "__reduce_ex__": _reduce,
-        "__delattr__": _delete_attribute,
-    }
-    body |= {"register_parameter": _register_parameter, "_replicate_for_data_parallel": _replicate}
-    body |= {"__prepare_scriptable__": _script, "_load_from_state_dict": _load, "extra_repr": _extra_repr}
-    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        "_qn_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__,
+        "__setattr__": _set_attribute, "__delattr__": _delete_attribute, "__reduce_ex__": _reduce,
+        "register_parameter": _register_parameter, "_load_from_state_dict": _load,
+        "_replicate_for_data_parallel": _replicate, "__prepare_scriptable__": _script,
+        "extra_repr": _extra_repr,
+    }  # fmt: skip
     return type(base.__name__, (base,), body)
 
 
@@ -66,9 +64,7 @@ def _view_property(attribute: str) -> property:
             if value is not weight:
                 show(value, weight, view.name)
             return value
-        except (
-            AttributeError
-        ) as error:  # would fall through to nn.Module.__getattr__, which hands out the raw Parameter
+        except AttributeError as error:  # would fall through to __getattr__, which hands out the Parameter
             raise ViewError(
                 f"{type(self).__name__}.{attribute}: the view cannot be read: {error}"
             ) from error

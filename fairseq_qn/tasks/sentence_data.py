@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fairseq_qn.errors import DataError
 from fairseq_qn.interop.tsv import Row, values
-from fairseq_qn.models.starting import write_dictionary
 from fairseq_qn.models.batches import token_ids
+from fairseq_qn.models.starting import write_dictionary
 
 _RESERVED = re.compile(r"<(s|pad|/s|unk|mask)>|madeupword\d{4,}")  # names that fairseq's dictionaries use
 _SPECIALS = {1: 2, 2: 4}  # <s> a </s>, or <s> a </s> </s> b </s>

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     if argv is None:  # a program of its own
         postpone(*LATER)
+        logging.basicConfig(level=logging.WARNING)  # before fairseq asks for more
     try:
         if getattr(args, "recipe", None):
             from fairseq_qn.recipe import Recipe

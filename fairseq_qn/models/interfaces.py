@@ -125,8 +125,8 @@ class QNRobertaHub(RobertaHubInterface):
     def _need_bpe(self, verb: str) -> None:
         if self.bpe is None:
             raise UnsupportedError(
-                f"{verb}: the file carries no BPE model; save it with one (compress --bpe NAME --bpe-files "
-                "FILE)"
+                f"{verb}: the file carries no BPE model; give one with --bpe NAME --bpe-files FILE: to "
+                "`compress`, or here for a checkpoint"
             )
 
     def need_room(self, tokens: Tensor) -> None:

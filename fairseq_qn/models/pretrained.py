@@ -15,7 +15,7 @@ from torch import nn
 from fairseq_qn import api
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.models.bpe import Guarded, checked_text, unpacked
-from fairseq_qn.models.checkpoint import load_checkpoint
+from fairseq_qn.models.checkpoint import load_checkpoint, text_of
 from fairseq_qn.models.describe import build_model, build_task, checked, fairseq_refuses
 
 SUFFIX = ".qn.safetensors"
@@ -72,8 +72,10 @@ def load_interface(
 def checkpoint_interface(
     path: str | Path, data: str | None = None, bpe: tuple[Mapping[str, Any], Mapping[str, bytes]] = ({}, {})
 ) -> Any:
-    """The same of a fairseq checkpoint. data: where its dictionaries are now; bpe: what carry_bpe gives."""
-    source, assets = bpe
+    """The same of a fairseq checkpoint. data: where its dictionaries are now; bpe: what carry_bpe gives,
+    by default the checkpoint's own.
+    """
+    source, assets = bpe if bpe[0] else text_of(path)
     model, _, task = load_checkpoint(path, data)
     with unpacked(checked_text(source, assets), assets) as text, fairseq_refuses("--bpe"):
         return model.qn_interface.of(model, task, text).eval()

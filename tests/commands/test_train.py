@@ -91,6 +91,16 @@ def test_to_the_small_file(
     assert "fine-tuned for these labels already" in said and said.count("fairseq-train") == 1
     assert not (tmp_path / "n.work").exists()
 
+    # what was fine-tuned from an import has its BPE: `compress` and `predict` find it
+    if kind == "classes":
+        file = str(tmp_path / "o.qn.safetensors")
+        assert main(["compress", dense, "--recipe", str(tmp_path / "recipe.yaml"), "-o", file]) == 0
+        capsys.readouterr()
+        for model in (file, dense):
+            assert main(["predict", model, "the door", "--json"]) == 0
+            answers = json.loads(capsys.readouterr().out)["answers"]
+            assert {item["text"] for item in answers} == {"early", "rather late"}
+
 
 def test_a_small_file_is_a_start(tiny: Path, tmp_path: Path, short, capsys) -> None:
     """Its weights, decoded, are what training starts from; another head is made for other labels."""

@@ -313,6 +313,8 @@ def test_bad_questions(
     expect_one_line(["predict", files["masked"], "ka"], capsys, "heads")
     expect_one_line(["predict", files["masked"], "<mask> <mask>"], capsys, "one <mask>")
     expect_one_line(["predict", bare, "ka <mask>"], capsys, "BPE")
+    dense = masked.folder / "checkpoint_last.pt"
+    expect_one_line(["predict", dense, "ka <mask>"], capsys, "--bpe NAME --bpe-files FILE")
 
 
 def expect_one_line(words: list, capsys: pytest.CaptureFixture, named: str) -> None:
@@ -333,10 +335,16 @@ def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture) -> None:
     assert stop.value.code == 2
 
 
-def test_the_console_script(files: dict[str, Path], bad: dict[str, Path], tmp_path: Path) -> None:
+def test_the_console_script(
+    files: dict[str, Path], bad: dict[str, Path], masked: Run, tmp_path: Path
+) -> None:
     done = command("fairseq-qn", "predict", files["classifier"], cwd=tmp_path, stdin=f"{LINES[0]}\n")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, LINES[0])
     assert done.stderr == "", "no log of fairseq's, no warning"
+    words = [masked.folder / "checkpoint_last.pt", "-o", "x.qn.safetensors"]
+    done = command("fairseq-qn", "compress", *words, cwd=tmp_path)
+    assert done.returncode == 0 and "x.qn.safetensors: 0.0" in done.stdout
+    assert done.stderr.count("\n") == 1 and "no BPE inside" in done.stderr
     done = command("fairseq-qn", "verify", bad["pickle"], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 

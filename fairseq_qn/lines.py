@@ -60,14 +60,21 @@ def one_of(value: Any, known: Iterable[Any], where: str) -> Any:
     return value
 
 
-def whole(value: Any, bounds: tuple[int, int], where: str) -> int:
-    """A whole number within bounds.
+def flag(value: Any, where: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}: expected true or false, found {value!r}")
+    return value
+
+
+def whole(value: Any, bounds: tuple[int, int], where: str, other: str = "") -> int:
+    """A whole number within bounds; `other`: what else it may be, for the error.
 
     >>> whole(4, (2, 8), "bits"), whole(True, (0, 1), "bits")
     Traceback (most recent call last):
     fairseq_qn.errors.RecipeError: bits: expected a whole number from 0 to 1, found True
     """
     if type(value) is not int or not bounds[0] <= value <= bounds[1]:
-        expected = f"a whole number from {bounds[0]} to {bounds[1]}"
+        expected = f"a whole number from {bounds[0]} to {bounds[1]}{other}"
         raise RecipeError(f"{where}: expected {expected}, found {value!r}")
     return value

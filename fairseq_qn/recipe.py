@@ -17,7 +17,7 @@ import yaml
 from fairseq_qn.config_dir import recipe_file
 from fairseq_qn.errors import RecipeError
 from fairseq_qn.fairseq_yaml import from_fairseq_yaml
-from fairseq_qn.lines import mapping, one_of, only, pattern, sequence
+from fairseq_qn.lines import flag, mapping, one_of, only, pattern, sequence
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.base import Scheme
 
@@ -237,8 +237,7 @@ def _rule(data: Any, where: str) -> Rule:
     if data.get("module") is not None:
         one_of(data["module"], MODULE_TYPES, f"{where}.module")
     mapping(data.get("where", {}), f"{where}.where")
-    if not isinstance(data.get("optional", False), bool):
-        raise RecipeError(f"{where}.optional: expected true or false, found {data['optional']!r}")
+    flag(data.get("optional", False), f"{where}.optional")
     return Rule(**lines)
 
 

@@ -1,7 +1,7 @@
-"""intN: affine integers over the range of a tensor, an output channel or a group, in which zero is exact.
+"""intN: integers over the range of a tensor, an output channel or a group, in which zero is exact.
 
-scale = (max - min) / (2^bits - 1) with the range widened to hold 0, zero = round(-min / scale),
-q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w' = (q - zero) * scale
+q = clamp(round(w / scale) + zero, 0, top), w' = (q - zero) * scale. Unless ranges say otherwise (ranges.py),
+top = 2^bits - 1, scale = (max - min) / top with the range widened to hold 0, zero = round(-min / scale)
 (Fan et al. 2020, eq. 1; Jacob et al. 2018)
 """
 
@@ -32,6 +32,26 @@ class Integers:
     zero: Tensor
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """How weights become levels 0 .. top, by range; scale and zero fp32 [n_ranges, 1].
+
+    signs: +-scale, levels 0 and 2. holding: each range holds its weights, so that none is to be clamped at
+    its lower end.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    top: int
+    signs: bool = False
+    holding: bool = False
+
+    @property
+    def step(self) -> Tensor:
+        """What a weight is divided by."""
+        return self.scale * OUTWARD if self.holding else self.scale
+
+
 def ranges_shape(
     shape: Sequence[int], granularity: str, group_size: int, name: str = "weight"
 ) -> tuple[int, int]:
@@ -55,20 +75,25 @@ def ranges_shape(
 
 
 def quantize(
-    weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+    weight: Tensor,
+    bits: int,
+    granularity: str = "channel",
+    group_size: int = 64,
+    name: str = "weight",
+    ranges: Ranges | None = None,
 ) -> Integers:
-    """Integers of 2^bits levels, 2 <= bits <= 8. Raises NonFiniteWeight, BlockSizeError.
+    """Integers of 2^bits levels, 2 <= bits <= 8, or by `ranges`. Raises NonFiniteWeight, BlockSizeError.
 
     >>> found = quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2)
     >>> found.levels.tolist(), found.scale.tolist(), found.zero.tolist()
     ([[0, 1, 2, 3]], [3.0], [1])
     """
-    rows = _rows(weight, granularity, group_size, name)
-    scale, zero = _affine(rows, bits)
-    if not bool(torch.isfinite(scale).all()):
+    rows = rows_of(weight, granularity, group_size, name)
+    found = minmax(rows, bits) if ranges is None else ranges
+    if not bool(torch.isfinite(found.scale).all()):
         raise NonFiniteWeight(f"{name}: holds NaN or Inf; quantise a finite weight")
-    levels = _steps(rows, scale, zero, bits).add_(zero)
-    return Integers(levels.to(torch.uint8), scale.squeeze(1), zero.squeeze(1).to(torch.uint8))
+    levels = steps_of(rows, found).add_(found.zero)
+    return Integers(levels.to(torch.uint8), found.scale.squeeze(1), found.zero.squeeze(1).to(torch.uint8))
 
 
 def dequantize(
@@ -89,7 +114,12 @@ def dequantize(
 
 
 def fake_quantize(
-    weight: Tensor, bits: int, granularity: str = "channel", group_size: int = 64, name: str = "weight"
+    weight: Tensor,
+    bits: int,
+    granularity: str = "channel",
+    group_size: int = 64,
+    name: str = "weight",
+    ranges: Ranges | None = None,
 ) -> Tensor:
     """dequantize(quantize(weight)), of the same shape and dtype, but NaN for a range that holds NaN or Inf.
 
@@ -98,9 +128,9 @@ def fake_quantize(
     >>> fake_quantize(torch.tensor([[-3.0, 0.0, 2.0, 6.0]]), bits=2).tolist()
     [[-3.0, 0.0, 3.0, 6.0]]
     """
-    rows = _rows(weight, granularity, group_size, name)
-    scale, zero = _affine(rows, bits)
-    return _steps(rows, scale, zero, bits).mul_(scale).reshape(weight.shape).to(weight.dtype)
+    rows = rows_of(weight, granularity, group_size, name)
+    found = minmax(rows, bits) if ranges is None else ranges
+    return steps_of(rows, found).mul_(found.scale).reshape(weight.shape).to(weight.dtype)
 
 
 def fake_quantize_some(
@@ -110,6 +140,7 @@ def fake_quantize_some(
     granularity: str = "channel",
     group_size: int = 64,
     name: str = "weight",
+    ranges: Ranges | None = None,
 ) -> Tensor:
     """fake_quantize(weight) where the parts of a mask, bool [n] one after the other, say so; the weight
     elsewhere.
@@ -120,17 +151,18 @@ def fake_quantize_some(
     """
     if weight.dtype == torch.float64:  # which fp32 would round elsewhere too
         mask = torch.cat([part.clone() for part in masks]).view(weight.shape)
-        return torch.where(mask, fake_quantize(weight, bits, granularity, group_size, name), weight.detach())
-    rows = _rows(weight, granularity, group_size, name).contiguous()
-    scale, zero = _affine(rows, bits)
-    if kernel.usable(rows, scale):
+        phi = fake_quantize(weight, bits, granularity, group_size, name, ranges)
+        return torch.where(mask, phi, weight.detach())
+    rows = rows_of(weight, granularity, group_size, name).contiguous()
+    found = minmax(rows, bits) if ranges is None else ranges
+    if found.holding and kernel.usable(rows, found.scale):
         out, begin = torch.empty_like(rows), 0
-        steps = torch.stack([scale * OUTWARD, scale, 2**bits - 1 - zero]).squeeze(2)
+        steps = torch.stack([found.step, found.scale, found.top - found.zero]).squeeze(2)
         for mask in masks:
             kernel.noise(rows, mask, begin, steps, out)
             begin += len(mask)
         return out.reshape(weight.shape).to(weight.dtype)
-    out, old, begin = _steps(rows, scale, zero, bits).mul_(scale), rows.view(-1), 0
+    out, old, begin = steps_of(rows, found).mul_(found.scale), rows.view(-1), 0
     for mask in masks:
         part = out.view(-1)[begin : begin + len(mask)]
         torch.where(mask, part, old[begin : begin + len(mask)], out=part)
@@ -138,22 +170,23 @@ def fake_quantize_some(
     return out.reshape(weight.shape).to(weight.dtype)
 
 
-def _rows(weight: Tensor, granularity: str, group_size: int, name: str) -> Tensor:
+def rows_of(weight: Tensor, granularity: str, group_size: int, name: str = "weight") -> Tensor:
     """The weight as fp32 [n_ranges, values a range]."""
     return weight.detach().float().reshape(ranges_shape(weight.shape, granularity, group_size, name))
 
 
-def _affine(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of each range, both fp32 [n_ranges, 1]."""
+def minmax(rows: Tensor, bits: int) -> Ranges:
+    """Ranges that hold all of each row of fp32 [n_ranges, values a range], and 0."""
     top = 2**bits - 1
     low, high = rows.amin(1, keepdim=True).clamp_(max=0), rows.amax(1, keepdim=True).clamp_(min=0)
     # divided first: 3e38 - -3e38 overflows
     scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)
-    return scale, (-low / (scale * OUTWARD)).round_().clamp_(0, top)
+    return Ranges(scale, (-low / (scale * OUTWARD)).round_().clamp_(0, top), top, holding=True)
 
 
-def _steps(rows: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Levels above zero, -zero .. 2^bits - 1 - zero, as fp32. No clamp at the lower end: `zero` is where it
-    rounds to.
-    """
-    return (rows / (scale * OUTWARD)).round_().clamp_max_(2**bits - 1 - zero)
+def steps_of(rows: Tensor, ranges: Ranges) -> Tensor:
+    """Levels above zero, -zero .. top - zero, as fp32."""
+    if ranges.signs:
+        return torch.where(rows < 0, -1.0, 1.0)
+    steps, high = (rows / ranges.step).round_(), ranges.top - ranges.zero
+    return steps.clamp_max_(high) if ranges.holding else steps.clamp_(-ranges.zero, high)

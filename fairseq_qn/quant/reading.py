@@ -30,6 +30,39 @@ def read(weight: Tensor, value: Function, gradient: Function | None) -> Tensor:
     return seen if torch.is_grad_enabled() else seen.requires_grad_(weight.requires_grad)
 
 
+def read_by(weight: Tensor, learned: Tensor, value: Function, gradients: Callable[..., Any]) -> Tensor:
+    """value(weight), which depends on `learned` too: (gradient of the weight, of `learned`) are
+    gradients(that of the value, weight).
+
+    >>> weight, scale = (torch.tensor(x, requires_grad=True) for x in ([0.2, 1.7], [2.0]))
+    >>> gradients = lambda grad, w: (grad, (grad * w.round()).sum())
+    >>> seen = read_by(weight, scale, lambda w: w.round() * 2, gradients)
+    >>> seen.sum().backward()
+    >>> seen.tolist(), weight.grad.tolist(), scale.grad.tolist()
+    ([0.0, 4.0], [1.0, 1.0], [2.0])
+    """
+    seen: Tensor = ReadBy.apply(weight, learned, value, gradients)
+    return seen if torch.is_grad_enabled() else seen.requires_grad_(weight.requires_grad)
+
+
+class ReadBy(torch.autograd.Function):
+    """Of a weight and what is learned beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, learned: Tensor, value: Function, gradients: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.gradients, ctx.like = gradients, learned
+        return value(weight).data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dense = grad.to_dense() if grad.is_sparse else grad
+        of_weight, of_learned = ctx.gradients(dense, *ctx.saved_tensors)
+        if grad.is_sparse:
+            of_weight = of_weight.to_sparse(grad.sparse_dim())
+        return of_weight, of_learned.reshape(ctx.like.shape).to(ctx.like.dtype), None, None
+
+
 class Read(torch.autograd.Function):
     """`gradient` is its own transpose: it serves forward derivatives too."""
 

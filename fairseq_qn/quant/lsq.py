@@ -32,10 +32,10 @@ def first(rows: Tensor, bits: int | str) -> Ranges:
     """
     zero, top = zero_and_top(bits, symmetric=True)
     mean = find(rows, "least_squares", 1, symmetric=True)
-    if bits == 1 or zero is None:
-        return mean
-    scale = (mean.scale * (2 / sqrt(top - zero))).clamp_(min=torch.finfo(torch.float32).tiny)
-    return Ranges(scale, torch.full_like(scale, zero), top)
+    if bits != 1 and zero is not None:
+        scale = mean.scale * (2 / sqrt(top - zero))
+        mean = Ranges(scale, torch.full_like(scale, zero), top)
+    return replace(mean, scale=mean.scale.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def moved(ranges: Ranges, change: Tensor) -> Ranges:

@@ -11,7 +11,7 @@ ternary    -scale, 0, scale (Li and Liu 2016, whose problem `least_squares` solv
 1 bit      -scale, scale; the mean size of the weights has the least square error (Rastegari et al. 2016)
 
 A square error is worst where an outlier is clipped: to keep one weight of 50 it would give up all others of
-0.02. So weights beyond OUTLIER times the percentile count as no larger where a square error is minimised.
+0.02. So weights beyond OUTLIER times the percentile of the sizes are left out of the error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fairseq_qn.quant.integer import Ranges, minmax
+from fairseq_qn.quant.integer import Ranges, minmax, steps_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("minmax", "percentile", "histogram", "least_squares")
 TERNARY = "ternary"
-SHARE, OUTLIER, BINS = 0.999, 2.0, 2048
+SHARE, OUTLIER, BINS = 0.999, 4.0, 2048
 FACTORS = [i / 20 for i in range(20, 0, -1)]  # by which ends are tried
 CHUNK = 1 << 20  # weights at a time: few enough that temporaries stay in a cache
 Ends = tuple["Tensor", "Tensor"]
@@ -99,14 +99,13 @@ def _both(rows: Tensor) -> Ends:
 
 
 def _least_squares(rows: Tensor, zero: int | None, top: int, method: str) -> Ranges:
-    symmetric = zero is not None
-    tails, ends = _tails(rows, symmetric), _largest(rows) if symmetric else _both(rows)
-    low, high = torch.maximum(ends[0], OUTLIER * tails[0]), torch.minimum(ends[1], OUTLIER * tails[1])
-    size = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny)
-    values, counts = rows.clamp(low, high) / size, None  # of the order of 1, so that no square overflows
+    values, counts = rows.masked_fill(rows.abs() > OUTLIER * _tails(rows, True)[1], 0), None  # an error of 0
+    size = _largest(values)[1].clamp_(min=torch.finfo(torch.float32).tiny)
+    values /= size  # so that no square overflows
+    ends = _both(values) if zero is None else _largest(values)
     if method == "histogram" and rows.shape[1] > BINS:
-        values, counts = _histogram(values, low / size, high / size)
-    ranges = _searched(values, counts, (low / size, high / size), zero, top)
+        values, counts = _histogram(values, *ends)
+    ranges = _searched(values, counts, ends, zero, top)
     scale = (ranges.scale * size).clamp_(min=torch.finfo(torch.float32).tiny)
     return Ranges(scale, ranges.zero, top)
 
@@ -126,32 +125,34 @@ def _searched(values: Tensor, counts: Tensor | None, ends: Ends, zero: int | Non
     low, high = ends
     best = _over(ends, zero, top)
     least = _error(values, counts, best)
-    for moves_low, moves_high in (
-        [(True, True)] if zero is not None else [(True, True), (True, False), (False, True)]
-    ):
+    for moves_low, moves_high in [(1, 1)] if zero is not None else [(1, 1), (1, 0), (0, 1)]:
         first = low, high
         for factor in FACTORS:
-            tried = first[0] * (factor if moves_low else 1), first[1] * (factor if moves_high else 1)
-            error = _error(values, counts, _over(tried, zero, top))
+            shrunk = first[0] * factor**moves_low, first[1] * factor**moves_high
+            error = _error(values, counts, _over(shrunk, zero, top))
             better = error < least
             least = torch.where(better, error, least)
-            low, high = torch.where(better, tried[0], low), torch.where(better, tried[1], high)
+            low, high = torch.where(better, shrunk[0], low), torch.where(better, shrunk[1], high)
     best = _over((low, high), zero, top)
-    for _ in range(4):  # Lloyd: the best scale of the levels, the best levels of the scale
-        steps = _steps(values, best)
-        weighted = steps if counts is None else steps * counts
-        scale = (weighted * values).sum(1, keepdim=True) / (weighted * steps).sum(1, keepdim=True)
-        tried_ranges = Ranges(torch.where(scale > 0, scale, best.scale), best.zero, top)
-        error = _error(values, counts, tried_ranges)
-        best = Ranges(torch.where(error < least, tried_ranges.scale, best.scale), best.zero, top)
-        least = torch.minimum(error, least)
+    for moved in (0,) if zero is not None else (0, -1, 1):
+        tried = Ranges(best.scale, (best.zero + moved).clamp_(0, top), top)
+        for _ in range(4):  # the best scale of the levels, the best levels of the scale
+            tried = Ranges(_best_scale(values, counts, tried), tried.zero, top)
+        error = _error(values, counts, tried)
+        better, least = error < least, torch.minimum(error, least)
+        scale = torch.where(better, tried.scale, best.scale)
+        best = Ranges(scale, torch.where(better, tried.zero, best.zero), top)
     return best
 
 
-def _steps(values: Tensor, ranges: Ranges) -> Tensor:
-    return (values / ranges.scale).round_().clamp_(-ranges.zero, ranges.top - ranges.zero)
+def _best_scale(values: Tensor, counts: Tensor | None, ranges: Ranges) -> Tensor:
+    """Of the levels that these ranges give, by regression."""
+    steps = steps_of(values, ranges)
+    weighted = steps if counts is None else steps * counts
+    scale = (weighted * values).sum(1, keepdim=True) / (weighted * steps).sum(1, keepdim=True)
+    return torch.where(scale > 0, scale, ranges.scale)  # NaN where all levels are zero
 
 
 def _error(values: Tensor, counts: Tensor | None, ranges: Ranges) -> Tensor:
-    errors = _steps(values, ranges).mul_(ranges.scale).sub_(values).square_()
+    errors = steps_of(values, ranges).mul_(ranges.scale).sub_(values).square_()
     return (errors if counts is None else errors.mul_(counts)).sum(1, keepdim=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import hostile, weights, weights_and_block_sizes
 from torch import Tensor
 
 from fairseq_qn.artifact.container import spec_of
-from fairseq_qn.errors import FormatError
+from fairseq_qn.artifact.manifest import version_of
+from fairseq_qn.errors import FormatError, RecipeError
 from fairseq_qn.quant import product
 from fairseq_qn.quant.half import FLOATS, widened
 from fairseq_qn.quant.integer import fake_quantize
@@ -30,9 +32,13 @@ class Place:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     padding_idx: int | None = None
     name: str = "w"
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def buffer(self, name: str) -> Tensor:
         return self.buffers[name]
+
+    def parameter(self, name: str) -> Tensor:
+        return self.parameters[name]
 
     def derived(self, name: str, compute: Any) -> Any:
         return compute(self.buffers[name])
@@ -86,6 +92,99 @@ def test_integer_round_trip_is_exact(w: Tensor, bits: int, granularity: str) -> 
     entry, parts = checked(scheme, w, Place(tuple(w.shape)), torch.float16)
     assert parts["levels"].numel() == -(-w.numel() * bits // 8)
     assert torch.equal(scheme.decode(entry, parts).dense(), fake_quantize(w, bits, granularity, 3))
+
+
+KINDS = [
+    (1, "least_squares"),
+    ("ternary", "least_squares"),
+    (4, "learned"),
+    (1, "learned"),
+    ("ternary", "learned"),
+]
+KINDS += [
+    (bits, ranges) for bits in (2, 3, 8) for ranges in ("minmax", "percentile", "histogram", "least_squares")
+]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize(("bits", "ranges"), KINDS)
+@given(weights(st.tuples(st.integers(1, 6), st.integers(1, 5).map(lambda n: 3 * n))), st.booleans())
+@settings(max_examples=15)
+def test_every_width_and_range_round_trips_exactly(
+    granularity: str, bits: int | str, ranges: str, w: Tensor, symmetric: bool
+) -> None:
+    lines = {"bits": bits, "granularity": granularity, "group_size": 3, "ranges": ranges}
+    few = bits in (1, "ternary") or ranges == "learned"
+    scheme = Integer.parse(lines if few else {**lines, "symmetric": symmetric}, "rule")
+    assert scheme.symmetric is (few or symmetric)
+    learned = {n: t + 1e-3 for n, t in scheme.parameters(w.shape).items()}
+    site = Place(tuple(w.shape), scheme.buffers(w.shape, None), parameters=learned)
+    site.buffers |= {} if site.buffers else {"none": torch.zeros(0)}
+    assert scheme.learn(w, site, False, 1, 0) >= 0
+    assert scheme.misfit(site.buffers, site) is None
+    entry, parts = checked(scheme, w, site, torch.float16)
+    width = Fraction(8, 5) if bits == "ternary" else bits
+    digits = -(-w.numel() // 5) * 5 if bits == "ternary" else w.numel()
+    assert parts["levels"].numel() == ceil(digits * width / 8) and ("zero" in parts) is not scheme.symmetric
+    found = scheme.decode(entry, parts)
+    assert torch.equal(found.dense(), scheme.quantized(w, site)) and found.levels.dtype == torch.uint8
+    levels = {1: 2, "ternary": 3, 8: 255}.get(bits, 2 ** int(bits) if bits != "ternary" else 3)
+    assert len(found.levels.unique()) <= (levels if scheme.symmetric or bits != 8 else 256)
+
+
+def test_old_entries_stay_and_new_ones_say_so() -> None:
+    w, site = torch.randn(2, 6), Place((2, 6))
+    assert Integer(4).entry(w, site, torch.float16, True) == {
+        "scheme": "integer", "shape": [2, 6], "bits": 4, "granularity": "channel", "group_size": 64,
+    }  # fmt: skip
+    for scheme in (Integer(4, symmetric=True), Integer.parse({"bits": 1}, "")):
+        content = {"layers": {"w": scheme.entry(w, site, torch.float16, True)}}
+        assert version_of(content) == 3
+        assert Integer.check_entry({**content["layers"]["w"], "symmetric": 1}) is not None
+    assert Integer.check_entry(Integer(4).entry(w, site, torch.float16, True) | {"bits": 1}) is not None
+
+
+@pytest.mark.parametrize("bits", [8, "ternary"])
+def test_levels_beyond_the_grid_are_refused(bits: int | str) -> None:
+    w, site = torch.randn(2, 6), Place((2, 6))
+    scheme = Integer(bits, symmetric=True, ranges="minmax" if bits == 8 else "least_squares")
+    if bits != 8:
+        site.buffers = scheme.buffers(w.shape, None)
+        scheme.learn(w, site, False, 1, 0)
+    entry, parts = scheme.encode(w, site, torch.float16)
+    parts["levels"][0] = 255
+    with pytest.raises(FormatError, match="expected levels up to 254, found 255|expected bytes below 243"):
+        scheme.decode(entry, parts)
+
+
+def test_ranges_of_a_checkpoint_that_mean_nothing() -> None:
+    scheme = Integer(4, ranges="percentile")
+    site = Place((3, 8), scheme.buffers((3, 8), None))
+    scheme.learn(torch.randn(3, 8), site, False, 1, 0)
+    good = site.buffers["ranges"]
+    for place, value in (((0, 1), 0), ((0, 1), -1), ((0, 2), 0x7F800000), ((1, 0), 16), ((1, 0), -1)):
+        bad = good.clone()
+        bad[place] = value
+        assert "positive scales" in (scheme.misfit({"ranges": bad}, site) or "")
+    assert "expected ranges int32 [2, 3]" in (scheme.misfit({"ranges": good[0]}, site) or "")
+    assert "expected ranges int32 [2, 3]" in (scheme.misfit({"ranges": good.to(torch.uint8)}, site) or "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        ({"bits": 1, "ranges": "minmax"}, r"ranges: expected one of \['least_squares', 'learned'\]"),
+        ({"bits": "ternary", "symmetric": False}, "symmetric: expected true of ternary bits, found false"),
+        (
+            {"ranges": "learned", "symmetric": False},
+            "symmetric: expected true of learned steps, found false",
+        ),
+        ({"bits": 9}, "bits: expected a whole number from 1 to 8 or ternary, found 9"),
+    ],
+)
+def test_lines_that_do_not_go_together(lines: dict[str, Any], match: str) -> None:
+    with pytest.raises(RecipeError, match=f"^rule.{match}"):
+        Integer.parse(lines, "rule")
 
 
 @pytest.mark.parametrize(("k", "code"), [(200, 200), (200, 255), (3, 3), (257, 300), (5, 7)])

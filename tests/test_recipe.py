@@ -177,9 +177,9 @@ ILLEGAL = [
         with_rule(n_centroids=65_537),
         "rules[0].n_centroids: expected a whole number from 2 to 65536, found 65537",
     ),
-    (integers(bits=True), "rules[0].bits: expected a whole number from 2 to 8, found True"),
-    (integers(bits=9), "rules[0].bits: expected a whole number from 2 to 8, found 9"),
-    (integers(bits=None), "rules[0].bits: expected a whole number from 2 to 8, found None"),
+    (integers(bits=True), "rules[0].bits: expected a whole number from 1 to 8 or ternary, found True"),
+    (integers(bits=9), "rules[0].bits: expected a whole number from 1 to 8 or ternary, found 9"),
+    (integers(bits=None), "rules[0].bits: expected a whole number from 1 to 8 or ternary, found None"),
     (integers(group_size=0), "rules[0].group_size: expected a whole number from 1 to 65536, found 0"),
     (
         integers(granularity="row"),

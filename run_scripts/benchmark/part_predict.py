@@ -1,9 +1,14 @@
-"""`fairseq-qn predict` on short sentences: 64 at a time beside one at a time, which is what it did before.
+"""`fairseq-qn predict` on short sentences: 64 at a time beside one at a time.
 
     part_predict.py --file FILE.qn.safetensors [--sentences TSV]
 
 Both run the command itself, in this process: lines are read, JSON is written. Loading the file is not
 counted.
+
+On one thread of a busy machine, a model of 2 layers and 256 dimensions: 1,000 sentences took 0.86 s of CPU
+in batches and 4.7 s one at a time (medians of 5), 5.4 times as fast. Before the last layer was computed for
+`<s>` alone: 1.40 s and 5.7 s. Three quarters of a batch are matrix products, which run at the processor's
+speed.
 """
 
 from __future__ import annotations

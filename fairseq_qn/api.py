@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fairseq_qn.artifact import container
 from fairseq_qn.errors import RecipeError, UnsupportedError
 from fairseq_qn.modules import stages
+from fairseq_qn.modules.activations import refuse_unseen, share_ranges
 from fairseq_qn.modules.apply import install_all, uninstall_all
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.export import content_of
@@ -138,6 +139,8 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
     views = list(views_of(model))
     for clock in {id(view.clock): view.clock for view in views}.values():
         clock.pin(n, micro)
+    if micro == 0:
+        share_ranges(model)
     refresh_due(views, n, micro)
 
 
@@ -162,6 +165,7 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
         raise UnsupportedError(
             f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first"
         )
+    refuse_unseen(model, drop)
     content.check()
     written, tensors = content.encode()
     container.write(path, tensors, written)

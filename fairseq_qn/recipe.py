@@ -19,6 +19,7 @@ from fairseq_qn.errors import RecipeError
 from fairseq_qn.fairseq_yaml import from_fairseq_yaml
 from fairseq_qn.lines import flag, mapping, one_of, only, pattern, sequence
 from fairseq_qn.schemes import SCHEMES
+from fairseq_qn.schemes.activation import Activations
 from fairseq_qn.schemes.base import Scheme
 
 VERSION = 1
@@ -65,6 +66,7 @@ class Rule:
     # only layers with these attributes, e.g. in_features: 512
     where: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: bool = False  # may match nothing
+    activations: Activations | None = None  # of the inputs of its layers
 
     def takes(self, names: list[str], module: object) -> bool:
         """Whether this rule takes a module known under `names` (its own and those of modules tied to it)."""
@@ -234,6 +236,8 @@ def _rule(data: Any, where: str) -> Rule:
     if data.get("noise") is not None:
         lines["noise"] = _noise(data["noise"], f"{where}.noise")
     lines["scheme"] = SCHEMES[name].parse({key: data[key] for key in own[name] if key in data}, where)
+    if data.get("activations") is not None:
+        lines["activations"] = Activations.parse(data["activations"], f"{where}.activations")
     if data.get("module") is not None:
         one_of(data["module"], MODULE_TYPES, f"{where}.module")
     mapping(data.get("where", {}), f"{where}.where")

@@ -12,6 +12,7 @@ from fairseq_qn import api
 from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.commands.common import carried, complain, hub
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules.activations import refuse_unseen
 from fairseq_qn.modules.view import views_of
 
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
         source, assets = ours.text_of(args.checkpoint)
     drop = args.drop or ([] if args.keep_head else getattr(model, "qn_unused", list)())
     saved = {"parts": args.parts, "drop": drop, "assets": assets, "source": source, "coder": args.coder}
+    refuse_unseen(model, drop)
     api.predict_size(model, **saved)  # refuses, before k-means, what `save` would refuse after
     if args.seed is not None:
         for view in views_of(model):

@@ -23,6 +23,7 @@ from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.models.config import config_of, remember, seed_of
 from fairseq_qn.models.describe import checked, describe, dictionary_bytes
 from fairseq_qn.models.pretrained import is_small, load_interface
+from fairseq_qn.modules.activations import adopt_ranges
 from fairseq_qn.modules.adopt import adopt
 from fairseq_qn.modules.view import views_of
 from fairseq_qn.recipe import Recipe, short_recipe
@@ -109,6 +110,7 @@ class QuantisedModel:
         """Let checkpoints without views, or of another recipe, in as far as no frozen layer is lost."""
         super().upgrade_state_dict_named(state_dict, name)
         adopt(state_dict, views_of(self))
+        adopt_ranges(state_dict, self)
 
 
 def mirror_architectures(ours: str, theirs: str) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules import activations
+from fairseq_qn.modules.activation_view import ActivationView, views_for
 from fairseq_qn.modules.clock import Clock, track, untrack
 from fairseq_qn.modules.install import StoredParameters, install, uninstall
 from fairseq_qn.modules.match import Coverage, Match, match
@@ -28,14 +30,17 @@ def install_all(model: nn.Module, recipe: Recipe, seed: int | None, strict: bool
     clock = clocks[0] if clocks else Clock(torch.initial_seed() if seed is None else seed, recipe)
     views = [_view_of(m) for m in matches]
     made: list[WeightView] = []
+    inputs: list[ActivationView] = []
     try:
         for i, m in enumerate(matches):
             if views[i] is None:
                 own, noise = m.owner, recipe.noise_of(m.rule)
                 views[i] = WeightView(own.key, m.rule, noise, own.module, clock)
                 made.append(views[i])
+            for placed in views_for(m, views[i]):
+                inputs.append(placed)
     except Exception:
-        for view in made:
+        for view in (*made, *inputs):
             view.clear()
         raise
     for m, view in zip(matches, views, strict=True):
@@ -45,9 +50,13 @@ def install_all(model: nn.Module, recipe: Recipe, seed: int | None, strict: bool
                 view.keys = owner.keys
                 if not known:  # its parts may have named their layers alike
                     view.name = owner.key
+            placed = owner.module.__dict__.get("_qn_activation")
+            if isinstance(placed, ActivationView) and not known:
+                placed.name = owner.name
     for view in views_of(model):
         view.clock = clock
     track(model, clock)
+    activations.place(model, {placed.name: placed for placed in inputs})  # after the clock's hooks
     for module in model.modules():
         module.__dict__["get_parameter"] = StoredParameters(module)
     return coverage
@@ -70,6 +79,7 @@ def uninstall_all(model: nn.Module) -> int:
                 "model"
             )
     decoded = [(view, view.quantized()) for view in views if view.phase == FROZEN]
+    activations.remove(model)
     for module in carriers:
         uninstall(module)
     for view, weight in decoded:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.modules.activations import range_keys
 from fairseq_qn.modules.packed import Packed
 from fairseq_qn.modules.view import FROZEN, views_of
 
@@ -26,7 +27,8 @@ def decoded_state_dict(model: nn.Module) -> dict[str, Any]:
     views = list(views_of(model))
     read: dict[int, Any] = {id(v.weight): v.quantized() for v in views if v.phase == FROZEN}
     own = {id(v.home._buffers.get(name, v.home._parameters.get(name))) for v in views for name in v.names}
-    kept = {key: value for key, value in model.state_dict(keep_vars=True).items() if id(value) not in own}
+    ranges, state = range_keys(model), model.state_dict(keep_vars=True)
+    kept = {key: value for key, value in state.items() if id(value) not in own and key not in ranges}
     for value in kept.values():
         read.setdefault(id(value), value.detach() if isinstance(value, Tensor) else value)
     return {key: read[id(value)] for key, value in kept.items()}

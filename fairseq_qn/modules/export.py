@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fairseq_qn.artifact import container, header, manifest, streams
 from fairseq_qn.artifact.streams import CODERS
 from fairseq_qn.errors import EncodeError, NonFiniteWeight, UnsupportedError
-from fairseq_qn.modules.activations import activations_of
+from fairseq_qn.modules.activations import placed, range_keys
 from fairseq_qn.modules.kinds import kinds_of
 from fairseq_qn.modules.match import owners_of
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
@@ -152,10 +152,10 @@ def content_of(
     }  # fmt: skip
     if "builder" not in (source or {}):  # else the file's own model is built anew
         content["modules"] = kinds_of(model, drop)
-    placed = {n: a.entry() for n, a in activations_of(model) if not f"{n}.".startswith(dropped)}
-    if placed:
-        content["activations"] = placed
-    skip = {*views, *buffers, *(other for _, *others in ties for other in others)}
+    entries = {n: a.entry() for n, a in placed(model) if not f"{n}.".startswith(dropped)}
+    if entries:
+        content["activations"] = entries
+    skip = {*views, *buffers, *range_keys(model), *(other for _, *others in ties for other in others)}
     state = model.state_dict(keep_vars=True)
     dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
     return Content(

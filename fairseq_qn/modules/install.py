@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
+from fairseq_qn.modules.activation_view import RANGE, ActivationView
 from fairseq_qn.modules.seen import REPARAMETRISED, show
 from fairseq_qn.modules.view import SHARDED, WeightView, kind
 
@@ -112,6 +113,9 @@ def _load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> No
     for view in self._qn_views.values():
         if view.home is self:
             digest.complete(view, state, prefix)
+    placed = self.__dict__.get("_qn_activation")
+    if isinstance(placed, ActivationView) and prefix + RANGE in state:
+        placed.check(state[prefix + RANGE])
     type(self)._qn_base._load_from_state_dict(self, state, prefix, *rest)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 import fairseq_qn
 from fairseq_qn.artifact import container
 from fairseq_qn.errors import FormatError, MismatchError, UnsupportedError
-from fairseq_qn.modules.activations import activations_of, place
-from fairseq_qn.schemes.activation import ACTIVATIONS, Activation, Identity
+from fairseq_qn.modules.activations import place, placed
+from fairseq_qn.schemes.activation import ACTIVATIONS, Activation, Dynamic, Static
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ def frozen(schemes: dict[str, Activation | None]) -> Net:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scheme", [Identity(), Clip(), Clip(0.5)])
+@pytest.mark.parametrize("scheme", [Dynamic(8, 1), Dynamic(4, 3), Static(8, -0.5, 2.0), Clip(), Clip(0.5)])
 def test_from_the_model_to_the_file_and_back(scheme: Activation, mode: str, tmp_path: Path) -> None:
     model, plain = frozen({"block.fc2": scheme, "conv": scheme}), frozen({})
-    assert torch.equal(model(IDS), plain(IDS)) == isinstance(scheme, Identity)
+    assert not torch.equal(model(IDS), plain(IDS))
     size = fairseq_qn.predict_size(model, parts="float32")
     assert fairseq_qn.save(model, tmp_path / "m", parts="float32").total == size
     content = fairseq_qn.inspect(tmp_path / "m")
     assert content["activations"]["conv"] == scheme.entry() and content["version"] == 3
     loaded = fairseq_qn.load(tmp_path / "m", mode, Net(1))
-    assert dict(activations_of(loaded)) == {"conv": scheme, "block.fc2": scheme}
+    assert dict(placed(loaded)) == {"conv": scheme, "block.fc2": scheme}
     torch.testing.assert_close(loaded(IDS), model(IDS))
+    assert scheme.label in repr(loaded.conv) and "forward" not in repr(loaded.conv)
     for twin in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
         assert torch.equal(twin(IDS), loaded(IDS))
 
@@ -86,23 +87,28 @@ def test_it_trains_through_them() -> None:
 
 def test_names_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="^activations: the model has no module 'fc9'"):
-        place(Net(), {"fc9": Identity()})
-    fairseq_qn.save(frozen({"conv": Identity()}), tmp_path / "m")
+        place(Net(), {"fc9": Dynamic(8, 1)})
+    fairseq_qn.save(frozen({"conv": Dynamic(8, 3)}), tmp_path / "m")
     tensors, content = container.read(tmp_path / "m")
     del content["tensors"]
-    container.write(
-        tmp_path / "m", tensors, content | {"version": 3, "activations": {"conv.x": {"scheme": "identity"}}}
-    )
-    with pytest.raises(MismatchError, match=r"^conv\.x: the file has activations of it"):
-        fairseq_qn.load(tmp_path / "m", model=Net(1))
+    for name in ("conv.x", "embed", "block", ""):
+        entries = {name: Dynamic(8, 1).entry()}
+        container.write(tmp_path / "m", tensors, content | {"version": 3, "activations": entries})
+        with pytest.raises(MismatchError, match=rf"^{name}: the file has activations of it"):
+            fairseq_qn.load(tmp_path / "m", model=Net(1))
 
 
 @pytest.mark.parametrize(
     "entries",
     [
-        [], 3, {"conv": 3}, {"conv": {}}, {"conv": {"scheme": "unheard "
-                                                              "of"}}, {"conv": {"scheme": ["identity"]}},
-        {"conv": {"scheme": "identity", "more": 1}}, {"conv": {"scheme": "clip", "high": "x"}},
+        [], 3, {"conv": 3}, {"conv": {}}, {"conv": {"scheme": "unheard of"}},
+        {"conv": {"scheme": ["dynamic"]}}, {"conv": {"scheme": "clip", "high": "x"}},
+        *({"conv": {"scheme": "dynamic", "bits": 8, "axes": 1, **wrong}} for wrong in (
+            {"more": 1}, {"bits": 1}, {"bits": 9}, {"bits": True}, {"bits": 8.0}, {"bits": None},
+            {"axes": 0}, {"axes": 10**9}, {"axes": "1"}, {"name": "dynamic"})),
+        *({"conv": {"scheme": "static", "bits": 8, "low": -1.0, "high": 1.0, **wrong}} for wrong in (
+            {"low": 1.0}, {"high": -1.0}, {"low": "x"}, {"high": 10**400}, {"high": 1e39}, {"low": None},
+            {"low": -1}, {"high": [1.0]}, {"bits": 0})),
     ],
 )  # fmt: skip
 def test_forged_entries(entries: Any, tmp_path: Path) -> None:

@@ -24,17 +24,19 @@ if TYPE_CHECKING:
         freeze,
         inspect,
         load,
+        parameter_groups,
         predict_size,
         refresh,
         remove,
         save,
         set_update,
+        size_penalty,
     )  # fmt: skip
     from fairseq_qn.recipe import Recipe
 
 __all__ = [
     "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "predict_size", "refresh", "remove", "save", "set_update",
+    "parameter_groups", "predict_size", "refresh", "remove", "save", "set_update", "size_penalty",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fairseq_qn.artifact import container
@@ -32,13 +32,15 @@ from fairseq_qn.modules.match import Coverage
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.restore import File, read, register_builder
 from fairseq_qn.modules.stages import Stages
+from fairseq_qn.modules.undecayed import parameter_groups
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport, inspect
 
 __all__ = [
     "File", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "predict_size", "read", "refresh", "register_builder", "remove", "save", "set_update",
+    "parameter_groups", "predict_size", "read", "refresh", "register_builder", "remove", "save",
+    "set_update", "size_penalty",
 ]  # fmt: skip
 
 
@@ -179,6 +181,20 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
     recipe = _applied(model, "predict_size")
     content = content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source, coder=coder)
     return content.size()
+
+
+def size_penalty(model: nn.Module) -> Tensor:
+    """MiB (2^20 bytes) of the weights that learn their size, differentiable: a fp32 scalar to add to the
+    loss, times a weight (Defossez et al. 2021).
+
+    Layers that are frozen count as they are. Raises UnsupportedError where no weight learns its size.
+    """
+    sizes = [size for view in views_of(model) if (size := view.scheme.size(view)) is not None]
+    if not sizes:
+        raise UnsupportedError(
+            "size_penalty: no layer learns its size; use scheme: learned_bits in the recipe, or no penalty"
+        )
+    return torch.stack(sizes).sum() / (8 * 2**20)
 
 
 def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, *,

@@ -33,6 +33,12 @@ class Options(FairseqDataclass):
         default=1.0,
         metadata={"help": "softmax temperature of the distillation; a head of one output has none"},
     )
+    size_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "loss of a sample + weight * MiB of the layers that learn their bits (lambda of DiffQ)"
+        },
+    )
 
 
 def with_wrapped_options(made: str, module: str) -> type[Options]:

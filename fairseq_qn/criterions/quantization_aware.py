@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fairseq_qn.criterions.distillation import Distillation
 from fairseq_qn.criterions.options import options_of, with_wrapped_options
+from fairseq_qn.criterions.size import Size
 from fairseq_qn.criterions.terms import Term
 from fairseq_qn.errors import UnsupportedError
 
-TERMS: list[type[Term]] = [Distillation]  # in the order in which they are added
+TERMS: list[type[Term]] = [Distillation, Size]  # in the order in which they are added
 QuantizationAwareConfig = with_wrapped_options("QuantizationAwareConfig", __name__)
 
 

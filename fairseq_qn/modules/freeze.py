@@ -87,6 +87,9 @@ def _check_finite(view: WeightView) -> None:
         raise NonFiniteWeight(
             f"{view.name}: {bad} of {weight.numel()} weights are NaN or Inf{where}; nothing was frozen"
         )
+    for name in view.learned:
+        if not bool(torch.isfinite(view.parameter(name)).all()):
+            raise NonFiniteWeight(f"{view.name}: its {name} hold NaN or Inf; nothing was frozen")
 
 
 @torch.no_grad()

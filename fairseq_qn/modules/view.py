@@ -167,7 +167,7 @@ class WeightView:
         return kept[2]
 
     def _value(self, weight: Tensor, training: bool) -> Tensor:
-        if self.phase == FROZEN:
+        if self.phase == FROZEN or (self.scheme.rounds_in_evaluation and not training):
             _refuse_tracing(self.name)
             return self.turned(self.scheme.frozen(self.turned(weight), self))
         if not training or self.noise.kind == "none":

@@ -2,6 +2,7 @@
 
 from fairseq_qn.schemes.base import Scheme
 from fairseq_qn.schemes.integer import Integer
+from fairseq_qn.schemes.learned_bits import LearnedBits
 from fairseq_qn.schemes.product import Product
 
-SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Product, Integer)}
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Product, Integer, LearnedBits)}

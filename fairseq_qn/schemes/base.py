@@ -104,6 +104,10 @@ class Scheme(ABC):
     # gradients. All that the class knows; which of them one scheme keeps, `buffers` and `parameters` say
     buffer_names: ClassVar[tuple[str, ...]] = ()
     parameter_names: ClassVar[tuple[str, ...]] = ()
+    rated_names: ClassVar[
+        tuple[str, ...]
+    ] = ()  # those Parameters that may have a learning rate of their own
+    rounds_in_evaluation: ClassVar[bool] = False  # evaluation reads `frozen` before anything is frozen
     coded_parts: ClassVar[tuple[str, ...]] = ()  # parts in the file that a report counts as codes
     shares_gradients: ClassVar[bool] = False  # frozen, entries of a weight move together: see `moment`
 
@@ -158,6 +162,10 @@ class Scheme(ABC):
 
     def misfit(self, found: Mapping[str, Tensor], site: Site) -> str | None:
         """Why the values of these buffers are none that it learns, or None."""
+        return None
+
+    def size(self, site: Site) -> Tensor | None:
+        """Bits in the file, differentiable, fp32, of a weight whose scheme learns them; else None."""
         return None
 
     @abstractmethod

@@ -56,6 +56,10 @@ class QuantisedTaskConfig(FairseqDataclass):
     quant_iterations: int = field(
         default=20, metadata={"help": "iterations of k-means when a stage is frozen"}
     )
+    quant_logits_lr: Optional[float] = field(
+        default=None,
+        metadata={"help": "learning rate of the logits of learned bits; by default that of the weights"},
+    )
     quant_keep_moments: bool = field(
         default=False,
         metadata={"help": "leave Adam's moments as they are when a stage is frozen: codewords move less"},
@@ -153,7 +157,8 @@ class QuantisedTask:
             self._project_moments(optimizer)
             self._fresh = ()
             if self._trained_by is not optimizer:
-                spare(inner, torch_optimizers(optimizer), masters_of(optimizer))
+                rate = getattr(self._config, "quant_logits_lr", None)
+                spare(inner, torch_optimizers(optimizer), masters_of(optimizer), rate)
                 self._trained_by = optimizer
             last, micro = self._micro
             self._micro = (update_num, micro + 1 if last == update_num else 0)

@@ -1,0 +1,114 @@
+"""Widths of groups: pseudo-noise, rounding, streams of mixed widths, against references in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import weights
+
+from fairseq_qn.errors import FormatError
+from fairseq_qn.quant.learned_bits import (
+    bits_of,
+    fake_quantize,
+    first_logit,
+    noised,
+    pack_groups,
+    pseudo_noise,
+    stream_bytes,
+    unpack_groups,
+    widths_of,
+)
+
+WIDTHS = st.lists(st.integers(1, 15), min_size=1, max_size=9)
+
+
+def packed_by_hand(levels: list[list[int]], widths: list[int]) -> list[int]:
+    """Groups by width, each code with its lowest bit first, each width's stream filled up with zeros."""
+    found: list[int] = []
+    for b in sorted(set(widths)):
+        codes = [code for own, row in zip(widths, levels) if own == b for code in row]
+        stream = [code >> i & 1 for code in codes for i in range(b)]
+        stream += [0] * (-len(stream) % 8)
+        found += [
+            sum(bit << i for i, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8)
+        ]
+    return found
+
+
+@given(WIDTHS, st.integers(1, 20), st.randoms(use_true_random=False))
+def test_streams_round_trip(widths: list[int], size: int, random: object) -> None:
+    levels = [[random.randrange(2**b) for _ in range(size)] for b in widths]
+    packed = pack_groups(torch.tensor(levels), torch.tensor(widths))
+    assert packed.tolist() == packed_by_hand(levels, widths)
+    bits = sum(widths) * size
+    assert bits <= 8 * len(packed) < bits + 8 * len(set(widths))
+    assert stream_bytes(torch.tensor(widths), size) == len(packed)
+    assert unpack_groups(packed, torch.tensor(widths), size).tolist() == levels
+
+
+@given(WIDTHS, st.integers(1, 20))
+def test_widths_that_do_not_add_up(widths: list[int], size: int) -> None:
+    packed = torch.zeros(stream_bytes(torch.tensor(widths), size), dtype=torch.uint8)
+    for wrong in (packed[1:], torch.cat([packed, packed[:1]])):
+        with pytest.raises(FormatError, match=r"^levels: expected \d+ bytes of the widths, found \d+"):
+            unpack_groups(wrong, torch.tensor(widths), size)
+
+
+@given(weights(), st.integers(1, 15), st.integers(1, 15))
+def test_rounding_by_hand(w: torch.Tensor, first: int, other: int) -> None:
+    """Half a step from the weight within the range, zero exact, one range for all groups."""
+    widths = torch.tensor([first, other] * len(w))[: len(w)]
+    found = fake_quantize(w, widths).double().numpy()
+    low, high = min(0.0, float(w.min())), max(0.0, float(w.max()))
+    for row, result, b in zip(w.double().numpy(), found, widths.tolist()):
+        step = max((high - low) / (2**b - 1), 1.2e-38)
+        zero = min(round(-low / step), 2**b - 1)
+        nearest = (np.clip(np.rint(row / step), -zero, 2**b - 1 - zero)) * step
+        slack = 2**b * 2**-19 * step + 1e-6 * abs(row)  # by which near-ties round outward
+        assert (np.abs(result - row) <= np.abs(nearest - row) + slack).all()
+        assert (result[row == 0] == 0).all()
+        levels = result / step + zero
+        assert (np.abs(levels - np.rint(levels)) < 0.02).all() and levels.max() < 2**b - 0.5
+
+
+def test_noise_is_what_it_is_called() -> None:
+    for kind, deviation in (("uniform", 12**-0.5), ("gaussian", 0.5)):
+        u = pseudo_noise(40_000, kind, seed=3)
+        assert abs(float(u.mean())) < 0.02 and float(u.std()) == pytest.approx(deviation, rel=0.02)
+        assert torch.equal(u, pseudo_noise(40_000, kind, seed=3))
+        assert not torch.equal(u, pseudo_noise(40_000, kind, seed=4))
+        assert (float(u.abs().max()) <= 0.5) is (kind == "uniform")
+
+
+def test_gradients() -> None:
+    """Of the bits as finite differences have it; of the weights, the identity."""
+    torch.manual_seed(0)
+    rows, u, upstream = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    rows.requires_grad_()
+    logits = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+
+    def value(at: torch.Tensor) -> torch.Tensor:
+        return (noised(rows, bits_of(at, 2, 15).double(), u) * upstream).sum()
+
+    value(logits).backward()
+    assert torch.equal(rows.grad, upstream)
+    low, high = float(rows.detach().min()), float(rows.detach().max())
+    for i, at in enumerate(logits.tolist()):
+        share = 1 / (1 + math.exp(-at))
+        bits = 2 + 13 * share
+        slope = -(high - low) * math.log(2) * 2**bits / (2**bits - 1) ** 2 * 13 * share * (1 - share)
+        assert float(logits.grad[i]) == pytest.approx(slope * float((u[i] * upstream[i]).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("least", "most"), [(2, 15), (3, 9), (2, 4), (8, 8), (9, 12)])
+def test_bits_begin_at_eight_and_keep_within_bounds(least: int, most: int) -> None:
+    first = float(bits_of(torch.tensor([first_logit(least, most)]), least, most))
+    assert first == pytest.approx(8 if least < 8 < most else (least + most) / 2, abs=1e-4)
+    widths = widths_of(torch.tensor([-1e9, -3.0, 0.1, 5.0, 1e9]), least, most)
+    assert widths.dtype == torch.uint8 and widths.tolist() == sorted(widths.tolist())
+    assert (int(widths[0]), int(widths[-1])) == (least, most)

@@ -127,6 +127,12 @@ def test_every_width_and_range_round_trips_exactly(
     digits = -(-w.numel() // 5) * 5 if bits == "ternary" else w.numel()
     assert parts["levels"].numel() == ceil(digits * width / 8) and ("zero" in parts) is not scheme.symmetric
     found = scheme.decode(entry, parts)
+    if ranges == "learned":  # the step is the first one and its change
+        first = site.buffers["ranges"][0].view(torch.float32)
+        torch.testing.assert_close(found.scale, first + 1e-3)
+    if bits == 8 and scheme.symmetric:
+        whole = found.dense().reshape(found.levels.shape) / found.scale.unsqueeze(1)
+        assert (whole[(found.scale > 1e-30)].abs() < 127.5).all() and (found.zero == 127).all()
     assert torch.equal(found.dense(), scheme.quantized(w, site)) and found.levels.dtype == torch.uint8
     levels = {1: 2, "ternary": 3, 8: 255}.get(bits, 2 ** int(bits) if bits != "ternary" else 3)
     assert len(found.levels.unique()) <= (levels if scheme.symmetric or bits != 8 else 256)

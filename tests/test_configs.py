@@ -35,6 +35,7 @@ TABLE = {
     ("transformer", "qn_transformer_vaswani_wmt_en_de_big", ("share_all_embeddings",)): (97, 0.999),
     ("int8", "qn_roberta_base", ()): (75, 0.999),
     ("int4", "qn_roberta_base", ()): (75, 0.999),
+    ("int8-activations", "qn_roberta_base", ()): (75, 0.999),
 }
 
 

@@ -266,7 +266,7 @@ def test_text_that_is_no_recipe(text: str) -> None:
 def test_a_ready_recipe_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Recipe.load("roberta") == Recipe.load(config_dir() / "recipes" / "roberta.yaml")
     with pytest.raises(
-        RecipeError, match="^recipe robrta: .*no such file.*; those are .*int4, int8, .*roberta"
+        RecipeError, match="^recipe robrta: .*no such file.*; those are .*int4, .*int8, .*roberta"
     ):
         Recipe.load("robrta")
     monkeypatch.chdir(tmp_path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import Any
 
 from fairseq_qn import report
 from fairseq_qn.report import SizeReport, table
 from fairseq_qn.schemes import SCHEMES
+from fairseq_qn.schemes.activation import ACTIVATIONS
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     left = len(size.layers) - len(_largest(size.layers, args.all))
     if left:
         print(f"... and {left} smaller; --all lists them")
+    inputs = [ACTIVATIONS[e["scheme"]].of_entry(e) for e in data.get("activations", {}).values()]
+    for (label, ranges), count in Counter((scheme.label, scheme.name) for scheme in inputs).items():
+        print(f"{label}, {ranges} ranges: {count} layers")
     for first, *others in data["ties"]:
         print(f"tied: {first} = {', '.join(others)}")
 

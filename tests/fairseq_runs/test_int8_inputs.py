@@ -96,6 +96,9 @@ def test_compress_quantises_the_inputs_of_any_checkpoint(
     words = ["compress", str(run.path(2)), "-o", str(output), "--recipe"]
     assert main([*words, str(given)]) == 0
     assert {scheme.label for _, scheme in placed(fairseq_qn.load(output))} == {"int8 in"}
+    capsys.readouterr()
+    assert main(["inspect", str(output)]) == 0
+    assert "int8 in, dynamic ranges: 14 layers" in capsys.readouterr().out
     unseen = write_recipe(tmp_path / "static.yaml", recipe({"ranges": "static"}))
     stock = tmp_path / "stock.pt"
     assert main(["export-fairseq", str(run.path(2)), "-o", str(stock)]) == 0

@@ -75,7 +75,9 @@ class Ranks:
 @pytest.fixture(scope="module")
 def ranks(data, tmp_path_factory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
-    noisy = {"--quant-recipe": write_recipe(folder / "noisy.yaml", recipe({"kind": "exact", "p": 0.2}))}
+    content = recipe({"kind": "exact", "p": 0.2})
+    content["rules"][0]["activations"] = {"ranges": "static", "momentum": 0.5}
+    noisy = {"--quant-recipe": write_recipe(folder / "noisy.yaml", content)}
     quiet = {"--quant-recipe": write_recipe(folder / "quiet.yaml", recipe({"kind": "none"}))}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,7 +123,9 @@ def ranks(data, tmp_path_factory) -> Ranks:
 @pytest.mark.parametrize("name", ["straight", "quiet"])
 def test_same_codes_and_weights(name: str, ranks: Ranks) -> None:
     first, second = (ranks.end(name, rank)["model"] for rank in range(2))
-    assert differing(first, second) == []
+    # each rank has seen inputs of its own since the last update began; resumed, both go on from the first's
+    moved = [where for where in differing(first, second) if "activation_range" in where]
+    assert differing(first, second) == moved and len(moved) == (4 if name == "straight" else 0)
     assert all(int(value) == 2 for key, value in first.items() if key.endswith("phase")), (
         "all stages are frozen"
     )

@@ -46,13 +46,16 @@ def read_by(weight: Tensor, learned: Tensor, value: Function, gradients: Callabl
 
 
 class ReadBy(torch.autograd.Function):
-    """Of a weight and what is learned beside it."""
+    """Of a weight and what is learned beside it; torch.func's transforms take it too."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, learned: Tensor, value: Function, gradients: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.gradients, ctx.like = gradients, learned
+    def forward(weight: Tensor, learned: Tensor, value: Function, gradients: Any) -> Tensor:
         return value(weight).data
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, ctx.like, _, ctx.gradients = inputs
+        ctx.save_for_backward(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

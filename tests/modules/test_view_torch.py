@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import IDS, Net, noisy, recipe
+from small import IDS, LAYERS, Net, noisy, recipe
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -312,3 +312,18 @@ def test_a_model_on_meta_gets_its_weights_and_then_its_views() -> None:
     fairseq_qn.apply(twin, recipe())
     fairseq_qn.freeze(twin)
     assert torch.equal(model.eval()(IDS), twin.eval()(IDS))
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_torch_func_differentiates_learned_steps(p: float) -> None:
+    model = Net()
+    fairseq_qn.apply(model, recipe(kind="proxy", p=p, scheme="integer", bits=4, ranges="learned"), seed=0)
+    fairseq_qn.refresh(model.train())
+    fairseq_qn.set_update(model, 1)
+    params = dict(model.named_parameters())
+    found = grad(lambda own: functional_call(model, own, (IDS,)).square().sum())(params)
+    model(IDS).square().sum().backward()
+    assert sum(key.endswith("step_change") for key in params) == len(LAYERS)
+    for key, parameter in params.items():
+        torch.testing.assert_close(found[key], parameter.grad)
+        assert found[key].any() or not key.endswith("step_change")

@@ -164,7 +164,10 @@ ILLEGAL = [
     (recipe(rules=[RULE, {"scheme": "product"}]), "rules[1]: `layers` is missing"),
     (recipe(rules=[{"layers": "x"}]), "rules[0]: `scheme` is missing"),
     (with_rule(blocksize=8), "rules[0]: unknown blocksize; known: layers, scheme, stage, block_size"),
-    (with_rule(scheme="pq"), "rules[0].scheme: expected one of ['product', 'integer'], found 'pq'"),
+    (
+        with_rule(scheme="pq"),
+        "rules[0].scheme: expected one of ['product', 'integer', 'learned_bits'], found 'pq'",
+    ),
     (with_rule(layers="fc[12"), "rules[0].layers: not a regular expression: 'fc[12'"),
     (with_rule(layers=5), "rules[0].layers: not a regular expression: 5"),
     (with_rule(layers=b"fc1"), "rules[0].layers: not a regular expression: b'fc1'"),

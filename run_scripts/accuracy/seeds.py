@@ -27,6 +27,20 @@ def tool(*words: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def frozen_file(work: Path, checkpoint: Path, recipe: Path, seed: int, path: Path) -> dict[str, Any]:
+    """What `evaluate` says of a checkpoint of `fairseq-qn train` that is frozen at once."""
+    data = json.loads((work / "data" / "data.json").read_text())
+    words = ["--recipe", recipe, "--data", work / "data", "--drop", "encoder.lm_head", "--seed", seed]
+    words += ["--bpe", data["bpe"], "--bpe-files", *data["bpe_files"]]
+    tool("compress", checkpoint, *words, "-o", path, "--json")
+    return tool("evaluate", path, "--data", results(work)["dense"]["on"], "--json")
+
+
+def results(work: Path) -> dict[str, Any]:
+    """What `fairseq-qn train` measured."""
+    return json.loads((work / "result.json").read_text())
+
+
 def trained(out: Path, seed: int, words: list[str]) -> tuple[dict[str, Any], float]:
     """(rows, seconds of training) of one seed."""
     work = out / f"{seed}.work"
@@ -40,14 +54,12 @@ def trained(out: Path, seed: int, words: list[str]) -> tuple[dict[str, Any], flo
     return rows["rows"], float(clock.read_text())
 
 
-def frozen(out: Path, seed: int, freeze: int, rows: dict[str, Any]) -> dict[str, Any]:
-    """Bytes and accuracy of the dense model of one seed, frozen at once by another seed of k-means."""
-    kept = out / f"{seed}.work" / f"frozen{freeze}.json"
+def frozen(work: Path, seed: int) -> dict[str, Any]:
+    """Bytes and accuracy of a dense model, frozen at once by a seed of k-means."""
+    kept = work / f"frozen{seed}.json"
     if not kept.exists():
-        path, work = kept.with_suffix(".qn.safetensors"), out / f"{seed}.work"
-        words = ["--recipe", work / "recipe.yaml", "--data", work / "data", "--drop", "encoder.lm_head"]
-        tool("compress", rows["dense"]["file"], *words, "--seed", freeze, "-o", path, "--json")
-        kept.write_text(json.dumps(tool("evaluate", path, "--data", rows["dense"]["on"], "--json")))
+        dense, path = results(work)["dense"]["file"], kept.with_suffix(".qn.safetensors")
+        kept.write_text(json.dumps(frozen_file(work, dense, work / "recipe.yaml", seed, path)))
     return json.loads(kept.read_text())
 
 
@@ -80,7 +92,7 @@ def main() -> None:
         seconds.append(took)
         kinds["dense"].append(rows["dense"])
         kinds["small"].append(rows["small"])
-        kinds["at_once"] += [frozen(args.out, seed, k, rows) for k in range(1, args.freezes + 1)]
+        kinds["at_once"] += [frozen(args.out / f"{seed}.work", k) for k in range(1, args.freezes + 1)]
     result = {
         "name": args.name,
         "rows": {kind: together(some) for kind, some in kinds.items()},

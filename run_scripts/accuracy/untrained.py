@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seeds import together, tool
+from seeds import frozen_file, results, together
 
 FFN, TABLE = r".*\.fc[12]", ".*embed_tokens"
 ATTENTION = r".*self_attn\.(q|k|v|out)_proj"
@@ -46,12 +46,10 @@ def cell(out: Path, work: Path, name: str, seed: int) -> dict[str, Any]:
     stem = "".join(c if c.isalnum() else "-" for c in name)
     kept = out / f"{stem}-{seed}.json"
     if not kept.exists():
-        dense = json.loads((work / "result.json").read_text())["dense"]
         recipe, path = out / f"{stem}.yaml", out / f"{stem}.qn.safetensors"
         recipe.write_text(json.dumps({"version": 1, "rules": RECIPES[name]}))
-        words = ["--recipe", recipe, "--data", work / "data", "--drop", "encoder.lm_head"]
-        tool("compress", dense["file"], *words, "--seed", seed, "-o", path, "--json")
-        kept.write_text(json.dumps(tool("evaluate", path, "--data", dense["on"], "--json")))
+        dense = results(work)["dense"]["file"]
+        kept.write_text(json.dumps(frozen_file(work, dense, recipe, seed, path)))
     return json.loads(kept.read_text())
 
 
@@ -64,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    dense = json.loads((args.work / "result.json").read_text())["dense"]
+    dense = results(args.work)["dense"]
     score = dense.get("accuracy", dense.get("spearman"))
     rows = {}
     for name, rules in RECIPES.items():

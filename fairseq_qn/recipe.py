@@ -142,6 +142,31 @@ class Recipe:
         """
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
+    def with_(self, p: float | None = None, bits: int | None = None) -> Recipe:
+        """The same with another noise probability, also of rules with noise of their own, and other bits
+        where the scheme has them. Raises RecipeError where no rule has.
+
+        >>> rules = [{"layers": "fc1", "scheme": "integer", "bits": 4}]
+        >>> recipe = Recipe.load({"version": 1, "rules": rules}).with_(p=0.5, bits=8)
+        >>> recipe.noise.kind, recipe.noise.at(0), recipe.rules[0].scheme.bits
+        ('proxy', 0.5, 8)
+        """
+        data = self.to_dict()
+        if p is not None:
+            for place in [data, *(rule for rule in data["rules"] if "noise" in rule)]:
+                kind = place["noise"].get("kind", "none")
+                place["noise"] |= {"p": p, "kind": "proxy" if kind == "none" else kind}
+        if bits is not None:
+            able = [lines for lines, rule in zip(data["rules"], self.rules, strict=True)
+                    if hasattr(rule.scheme, "bits")]  # fmt: skip
+            if not able:
+                raise RecipeError(
+                    f"bits: expected a rule of a scheme that has bits, to set {bits}; found none"
+                )
+            for lines in able:
+                lines["bits"] = bits
+        return Recipe.load(data)
+
     def noise_of(self, rule: Rule) -> Noise:
         """The noise of a rule: its own, or the recipe's."""
         return self.noise if rule.noise is None else rule.noise

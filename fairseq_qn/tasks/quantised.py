@@ -34,6 +34,10 @@ from fairseq_qn.tasks.optimizers import masters_of, torch_optimizers
 
 logger = logging.getLogger(__name__)
 
+UNUSED = (  # options without a recipe
+    "quant_p", "quant_bits", "quant_stage_updates", "quant_stage_epochs", "quant_iterations",
+)  # fmt: skip
+
 
 @dataclass
 class QuantisedTaskConfig(FairseqDataclass):
@@ -42,6 +46,12 @@ class QuantisedTaskConfig(FairseqDataclass):
     quant_recipe: Optional[str] = field(
         default=None,
         metadata={"help": "recipe: which layers, which scheme, how much noise, in which stages (YAML file)"},
+    )
+    quant_p: Optional[float] = field(
+        default=None, metadata={"help": "noise probability in place of the recipe's; 0: none, 1: QAT"}
+    )
+    quant_bits: Optional[int] = field(
+        default=None, metadata={"help": "bits in place of the recipe's, where a scheme has bits"}
     )
     quant_stage_updates: Optional[str] = field(
         default=None,
@@ -86,7 +96,8 @@ class QuantisedTask:
             _warn_of_sending(cfg)
         text = getattr(cfg, "quant_recipe", None)
         if text:
-            remember(cfg, "task", "quant_recipe", Recipe.load(text).to_json())
+            recipe = Recipe.load(text).with_(getattr(cfg, "quant_p", None), getattr(cfg, "quant_bits", None))
+            remember(cfg, "task", "quant_recipe", recipe.to_json())
         return super().setup_task(cfg, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -238,7 +249,7 @@ def _refuse_undone(cfg: Any, config: Any) -> None:
             f"whose noise leaves zeros in the weights; use the qn_ architecture: --arch qn_{name}"
         )
     default = QuantisedTaskConfig()
-    for key in ("quant_stage_updates", "quant_stage_epochs", "quant_iterations") if not asked else ():
+    for key in UNUSED if not asked else ():
         if getattr(config, key, None) not in (None, "", getattr(default, key)):
             raise RecipeError(
                 f"--{key.replace('_', '-')}: there is no recipe, so nothing would be frozen; add "

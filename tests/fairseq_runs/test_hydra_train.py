@@ -4,6 +4,7 @@ file.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,25 @@ def test_the_small_file_of_a_hydra_checkpoint(made: Path, tmp_path: Path) -> Non
     }
     assert all(value.equal(model.state_dict()[key]) for key, value in stored.items())
     assert model.encoder.sentence_encoder.layers[0].fc1.weight.shape == (64, 32)
+
+
+def test_sweep(made: Path, data) -> None:
+    """Two widths of one scheme, a training each, from the folder in which the command runs."""
+    words = [
+        "-m", "--config-name", "compress", f"task.data={data.classes}", "task.max_positions=64",
+        "checkpoint.finetune_from_model=checkpoints/finetune/checkpoint_last.pt",
+        "checkpoint.save_dir=sweep/${hydra:job.num}", "task.quant_recipe=int8", "task.quant_bits=2,8",
+        "task.quant_p=0.5", "task.quant_stage_updates='1'", "optimization.max_update=2",
+    ]  # fmt: skip
+    done = command("fairseq-hydra-train", *words, *TINY, cwd=made)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for job, bits in ((0, 2), (1, 8)):
+        folder = made / "sweep" / str(job)
+        state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+        assert {int(value) for key, value in state["model"].items() if key.endswith("phase")} == {2}
+        noise = json.loads(state["cfg"]["task"]["quant_recipe"])["noise"]
+        assert noise["p"] == [[0, 0.5]]
+        small = folder / "small.qn.safetensors"
+        assert main(["compress", str(folder / "checkpoint_last.pt"), "-o", str(small)]) == 0
+        entries = fairseq_qn.inspect(small)["layers"].values()
+        assert {entry["bits"] for entry in entries} == {bits}

@@ -365,27 +365,24 @@ def test_restoring_stays_safe(masked: Run, tmp_path: Path, capsys: pytest.Captur
     assert not trap.exists()
 
 
-def test_fairseq_validate(masked: Run, data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["masked", "classifier"])
+def test_fairseq_validate(name: str, request: pytest.FixtureRequest, data, tmp_path: Path) -> None:
     """The stock command in a fresh process, restoring with torch's default: the loss that the training
     logged at its end.
     """
-    words = [
-        data.lm,
-        "--path",
-        masked.folder / "checkpoint_last.pt",
-        "--user-dir",
-        PLUGIN,
-        "--task",
-        "qn_masked_lm",
-        "--cpu",
-    ]
+    run, folder, task = request.getfixturevalue(name), data.lm, ["--task", "qn_masked_lm"]
+    if name == "classifier":
+        folder = data.classes
+        task = ["--task", "qn_sentence_prediction", "--num-classes", 2, "--init-token", 0]
+        task += ["--separator-token", 2]
+    words = [folder, "--path", run.folder / "checkpoint_last.pt", "--user-dir", PLUGIN, *task, "--cpu"]
     words += ["--valid-subset", "valid", "--batch-size", 8, "--num-workers", 0, "--log-format", "json"]
     done = command("fairseq-validate", *words, "--required-batch-size-multiple", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(
         next(row for row in done.stdout.splitlines() if '"valid_loss"' in row).split(" | ")[-1]
     )
-    expected = masked.logged("valid")[-1]
+    expected = run.logged("valid")[-1]
     assert float(figures["valid_loss"]) == pytest.approx(expected["valid_loss"], abs=2e-3)
 
 

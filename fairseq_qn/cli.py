@@ -36,8 +36,8 @@ TSV: UTF-8 lines of label<TAB>sentence or label<TAB>sentence<TAB>second sentence
 (label or score; sentence; sentence2) is a header, and may put the columns in another order. Classes:
 accuracy and macro F1 in percent. A head of one output: Pearson's and Spearman's correlation. --against:
 agreement, the percent of sentences with the same answer (numbers: Pearson's correlation of both answers).
-Time: median milliseconds a sentence, from text to answer. A checkpoint takes its BPE from --bpe, or from the
-file that it is compared with.
+Time: median milliseconds a sentence, from text to answer. A checkpoint without a BPE of its own
+takes that of --bpe, or of the file that it is compared with.
 """
 
 

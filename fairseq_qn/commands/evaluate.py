@@ -58,7 +58,7 @@ def _interface(path: Path, args: argparse.Namespace, beside: Any) -> Any:
         interface.bpe = beside.bpe
     if interface.bpe is None and path.suffix == ".pt":
         raise UnsupportedError(
-            f"{path}: a checkpoint carries no BPE; give it with --bpe NAME --bpe-files FILE"
+            f"{path}: this checkpoint carries no BPE; give it with --bpe NAME --bpe-files FILE"
         )
     return interface
 

@@ -63,6 +63,12 @@ def frozen(work: Path, seed: int) -> dict[str, Any]:
     return json.loads(kept.read_text())
 
 
+def commit() -> str:
+    """Of the code that runs."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def together(some: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over rows of the same kind."""
     measure = "accuracy" if some[0].get("accuracy") is not None else "spearman"
@@ -99,9 +105,7 @@ def main() -> None:
         "seconds": seconds,
         "seeds": args.seeds,
         "command": ["fairseq-qn", "train", *words],
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,120 @@
+"""Every scheme, after training, with quantisation-aware training and with noise, from the same dense models.
+
+    schemes.py OUT --from SEEDS --train TSV --valid TSV [--seeds 1 2 3] [--only NAME ...] [--epochs 2]
+
+SEEDS: what seeds.py made of the quickstart; its dense model of each seed is where the cells of that seed
+start. post: frozen at once. qat, noise: `fairseq-qn train` from there, with a stage for all layers at once,
+taught by the dense model; p is 1, or 0.5 for integers and 0.1 for product codes. A finished cell,
+OUT/SCHEME-MODE-SEED.json, is not run again. Writes OUT/schemes.json and prints a table: mean and standard
+deviation over the seeds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from seeds import commit, frozen_file, results, tool
+from untrained import integer, product
+
+FFN, TABLE, ATTENTION = r".*\.fc[12]", ".*embed_tokens", r".*self_attn\.(q|k|v|out)_proj"
+HEAD = {"layers": r"classification_heads\..*", "optional": True}
+
+
+def all_layers(**lines: Any) -> list[dict[str, Any]]:
+    """One rule for every Linear and Embedding."""
+    return [{"layers": ".*", **lines}]
+
+
+# name -> rules, and p of the noise
+SCHEMES: dict[str, tuple[list[dict[str, Any]], float]] = {
+    "int8 channel": ([integer(8, "channel")], 0.5),
+    "int4 tensor": ([integer(4, "tensor")], 0.5),
+    "int4 channel": ([integer(4, "channel")], 0.5),
+    "int4 group 64": ([integer(4, "group")], 0.5),
+    "int4 channel, least squares": (
+        all_layers(scheme="integer", bits=4, granularity="channel", ranges="least_squares"), 0.5
+    ),
+    "int4 channel, learned": (
+        all_layers(scheme="integer", bits=4, granularity="channel", ranges="learned"), 0.5
+    ),
+    "int2 channel, least squares": (
+        all_layers(scheme="integer", bits=2, granularity="channel", ranges="least_squares"), 0.5
+    ),
+    "ternary channel": (all_layers(scheme="integer", bits="ternary", granularity="channel"), 0.5),
+    "product 8, 8, 4": (
+        [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}], 0.1
+    ),
+}  # fmt: skip
+MODES = ("post", "qat", "noise")
+
+
+def cell(out: Path, start: Path, name: str, mode: str, seed: int, sets: list[str]) -> dict[str, Any]:
+    """Bytes, accuracy and seconds of one scheme, one way of training and one seed."""
+    stem = "".join(c if c.isalnum() else "-" for c in name)
+    kept = out / f"{stem}-{mode}-{seed}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    rules, p = SCHEMES[name]
+    noise = {"kind": "exact" if "product" in name else "proxy", "p": 1 if mode == "qat" else p}
+    recipe = out / f"{stem}-{mode}.yaml"
+    recipe.write_text(
+        json.dumps({"version": 1, "noise": noise, "rules": rules, "keep": [".*embed_positions"]})
+    )
+    work, path = start / f"{seed}.work", kept.with_suffix(".qn.safetensors")
+    dense = results(work)["dense"]
+    began = time.monotonic()
+    if mode == "post":
+        found = frozen_file(work, dense["file"], recipe, seed, path)
+    else:
+        words = ["--test", dense["on"], "--recipe", recipe, "--seed", seed, *sets]
+        found = tool("train", "--model", dense["file"], *words, "-o", path, "--json")["rows"]["small"]
+    row = {
+        "scheme": name, "mode": mode, "seed": seed, "bytes": found["bytes"], "accuracy": found["accuracy"],
+        "seconds": round(time.monotonic() - began, 1), "commit": commit(), "machine": platform.processor(),
+    }  # fmt: skip
+    kept.write_text(json.dumps(row) + "\n")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--from", dest="start", type=Path, required=True)
+    parser.add_argument("--train", required=True, help="as of `fairseq-qn train`")
+    parser.add_argument("--valid", required=True)
+    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    args = parser.parse_args()
+    sets = ["--train", args.train, "--valid", args.valid, "--epochs", args.epochs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    dense = [results(args.start / f"{seed}.work")["dense"]["accuracy"] for seed in args.seeds]
+    lines = [
+        "| scheme | bytes | post | qat | noise | seconds of training |",
+        "| --- | ---: |" + " ---: |" * 4,
+    ]
+    cells = []
+    for name in args.only:
+        shown, seconds, size = [], [], 0
+        for mode in MODES:
+            rows = [cell(args.out, args.start, name, mode, seed, sets) for seed in args.seeds]
+            cells += rows
+            size = round(statistics.mean(row["bytes"] for row in rows))
+            values = [row["accuracy"] for row in rows]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            shown.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
+            seconds.append(statistics.mean(row["seconds"] for row in rows))
+        lines.append(f"| {name} | {size:,} | {' | '.join(shown)} | {seconds[2]:.0f} |")
+        print(lines[-1], flush=True)
+    (args.out / "schemes.json").write_text(json.dumps({"dense": dense, "cells": cells}, indent=1) + "\n")
+    print(f"\ndense: {statistics.mean(dense):.2f}, {len(dense)} seeds\n\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -293,6 +293,11 @@ class Integer(Scheme):
         return StoredIntegers(tuple(entry["shape"]), levels.reshape(rows, columns), scale, zero)
 
     @classmethod
+    def code_bits(cls, entry: Entry) -> int:
+        """Of a level; five ternary ones share a byte."""
+        return 8 if entry["bits"] == TERNARY else int(entry["bits"])
+
+    @classmethod
     def label(cls, entry: Entry) -> str:
         """int4.
 

@@ -91,6 +91,24 @@ def test_file(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert fairseq_qn.inspect(tmp_path / "ans"), "the old file survives"
 
 
+@pytest.mark.parametrize("bits", [1, 3, 5, "ternary"])
+def test_levels_are_counted_one_by_one(bits: int | str, tmp_path: Path) -> None:
+    """Levels of 3 bits straddle bytes, whose own counts would say little of them."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    rule = {"layers": "0", "scheme": "integer", "bits": bits, "symmetric": True}
+    fairseq_qn.apply(model, {"version": 1, "rules": [rule]})
+    with torch.no_grad():
+        model[0].get_parameter("weight").normal_().pow_(5)  # most of the levels are then 0
+    fairseq_qn.freeze(model)
+    plain, coded = (fairseq_qn.save(model, tmp_path / str(c), coder=c) for c in (None, "ans"))
+    if bits in (3, 5):
+        assert coded.parts["codes"] < 0.5 * plain.parts["codes"]
+    fresh = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    found = fairseq_qn.load(tmp_path / "ans", model=fresh)[0].weight
+    assert torch.equal(found, model.eval()[0].weight)
+
+
 def test_kept_only_where_smaller_and_named(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(16, 16))

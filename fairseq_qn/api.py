@@ -137,6 +137,7 @@ def set_update(model: nn.Module, n: int, micro: int = 0) -> None:
     Without it, or `follow`, each pass is an update.
     Exact noise whose `refresh` is a number of updates is refreshed here, at the first micro-batch of its
     updates.
+    Of several ranks each has to call it: here they take over the first one's static ranges of inputs.
     """
     views = list(views_of(model))
     for clock in {id(view.clock): view.clock for view in views}.values():

@@ -36,6 +36,7 @@ TABLE = {
     ("int8", "qn_roberta_base", ()): (75, 0.999),
     ("int4", "qn_roberta_base", ()): (75, 0.999),
     ("int8-activations", "qn_roberta_base", ()): (75, 0.999),
+    ("diffq", "qn_roberta_base", ()): (75, 0.999),
 }
 
 

@@ -13,7 +13,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import embedding
 
 from fairseq_qn.errors import BlockSizeError, FormatError
 from fairseq_qn.lines import one_of, whole
@@ -50,8 +49,10 @@ class StoredLearnedBits(Stored):
         """Only what is asked for is de-quantised."""
         rows, columns = self.shape
         groups = max(1, len(self.widths) // rows)  # of each row
-        widths = embedding(ids, self.widths.view(-1, groups).expand(rows, -1)).flatten()
-        levels = embedding(ids, self.levels.view(rows, columns)).view(-1, columns // groups)
+        widths = torch.nn.functional.embedding(ids, self.widths.view(-1, groups).expand(rows, -1)).flatten()
+        levels = torch.nn.functional.embedding(ids, self.levels.view(rows, columns)).view(
+            -1, columns // groups
+        )
         return self._dense(levels, widths).view(*ids.shape, columns).to(self.range.dtype)
 
     def _dense(self, levels: Tensor, widths: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
     mode: "dense" decodes every weight once; the model is then an ordinary one, and all of it trains on,
     without the codes. "packed" keeps codes and codebooks in memory and computes with them; only what is
     dense beside them trains (biases, norms, heads), and model.train() warns of it. Gradients of inputs are
-    those of the dense model.
+    those of the dense model. "integer" computes with integers alone between input and output
+    (modules/integer_program.py): for networks of Linear, Conv2d, batch norm, ReLU, sums and pooling whose
+    layers have symmetric integer weights and static 8-bit activations. It does not train.
     model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is
     filled in place. Its tensors, ties, classes and options such as eps have to be those that were saved;
     weights tied in the file are tied in it.

@@ -189,7 +189,9 @@ def test_what_load_needs(tmp_path: Path) -> None:
         UnsupportedError, match=r"m: the file does not say how to build its model; pass a fresh dense one"
     ):
         fairseq_qn.load(tmp_path / "m")
-    with pytest.raises(UnsupportedError, match="^load: mode: expected dense or packed, found 'sparse'"):
+    with pytest.raises(
+        UnsupportedError, match="^load: mode: expected dense, packed or integer, found 'sparse'"
+    ):
         fairseq_qn.load(tmp_path / "m", "sparse", Net())
     with pytest.raises(FileNotFoundError):
         fairseq_qn.load(tmp_path / "none", model=Net())

@@ -29,6 +29,7 @@ from fairseq_qn.errors import FormatError, UnsupportedError, short
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
 from fairseq_qn.modules.fits import check_fits
+from fairseq_qn.modules.integer_program import integer_program
 from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.packed import pack, tie
 from fairseq_qn.quant.half import widened
@@ -79,8 +80,10 @@ class File:
         large: bool = False,
     ) -> nn.Module:
         """The model, in eval mode; see `load`. Once: packed parts are freed as they are unpacked."""
-        if mode not in ("dense", "packed"):
-            raise UnsupportedError(f"load: mode: expected dense or packed, found {mode!r}")
+        if mode not in ("dense", "packed", "integer"):
+            raise UnsupportedError(f"load: mode: expected dense, packed or integer, found {mode!r}")
+        if mode == "integer" and dtype is not None:
+            raise UnsupportedError("load: dtype: mode integer has its own; leave it out")
         if not self.tensors.keys() >= self.manifest["tensors"].keys():
             raise UnsupportedError(f"{self.path}: was loaded before, which freed its parts; read it again")
         if mode == "dense" and not large and (problem := dense_excess(self.manifest)):
@@ -102,9 +105,9 @@ class File:
             setattr(parent, attribute, Dropped(name))
         for name, tensor in dense.items():
             _assign(model, name, tensor)
-        _fill(model, layers, content, packed=mode == "packed")
+        _fill(model, layers, content, packed=mode != "dense")
         activations.restore(model, content.get("activations", {}))
-        return model.eval()
+        return integer_program(model.eval()) if mode == "integer" else model.eval()
 
     @contextmanager
     def named(self) -> Iterator[None]:

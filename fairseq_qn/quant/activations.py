@@ -26,6 +26,14 @@ def span(x: Tensor, axes: int) -> tuple[Tensor, Tensor]:
     return wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)
 
 
+def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of the levels of a range that holds 0."""
+    top = 2**bits - 1
+    # divided first: 3e38 - -3e38 overflows
+    scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)
+    return scale, (-low / scale).round_().clamp_(0, top)
+
+
 def rounded(x: Tensor, low: Tensor, high: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
     """x at the 2^bits levels of a range that is widened to hold 0; x itself where a mask of its shape is
     False.
@@ -39,9 +47,7 @@ def rounded(x: Tensor, low: Tensor, high: Tensor, bits: int, mask: Tensor | None
     """
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
-    # divided first: 3e38 - -3e38 overflows
-    scale = (high / top - low / top).clamp_(min=torch.finfo(torch.float32).tiny)
-    zero = (-low / scale).round_().clamp_(0, top)
+    scale, zero = affine(low, high, bits)
     wide = _wide(x)
     levels: Tensor = (wide / scale).round_().clamp(-zero, top - zero).mul_(scale).to(x.dtype)
     if mask is not None:

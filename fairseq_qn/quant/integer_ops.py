@@ -49,7 +49,7 @@ def conv2d(
     """
     out, _, *kernel = weight.shape
     rows = weight.int().reshape(groups, out // groups, -1)
-    x = F.pad(centred(q, zero), [*padding])
+    x = torch.constant_pad_nd(centred(q, zero), [*padding], 0)
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         x = x.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
     batch, _, height, width = x.shape[:4]

@@ -94,6 +94,12 @@ class Stored(ABC):
         """
         return None
 
+    def signed(self) -> tuple[Tensor, Tensor] | None:
+        """(levels int8 of the weight's shape, -127 to 127, scale [1] or [out]) whose product is the weight;
+        None where it is no such product.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Scheme(ABC):

@@ -80,6 +80,13 @@ class StoredIntegers(Stored):
             torch.mm(flat, self._some(begin, end, x.dtype).t(), out=y[:, begin:end])
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)
 
+    def signed(self) -> tuple[Tensor, Tensor] | None:
+        """Where they are symmetric, over the tensor or its channels."""
+        levels = self.levels.int() - self.zero.int().unsqueeze(1)
+        if len(self.scale) not in (1, self.shape[0]) or bool((levels.abs() > 127).any()):
+            return None
+        return levels.to(torch.int8).view(self.shape), self.scale
+
     def _some(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows begin .. end of the weight, in memory that the next kernel overwrites."""
         out, columns = self.shape

@@ -1,6 +1,6 @@
 """What a fine-tuned encoder loses when parts of it are frozen at once, without any training afterwards.
 
-    untrained.py OUT --work WORK [--seeds 1 2 3 4 5]
+    untrained.py OUT --work WORK [--seeds 1 2 3 4 5] [--only NAME ...]
 
 WORK: the folder of a finished `fairseq-qn train ... --test TSV`: its dense model is frozen by each of the
 recipes below, with each seed of k-means, and asked the test set. Finished cells, OUT/NAME-SEED.json, are not
@@ -60,14 +60,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     dense = results(args.work)["dense"]
     score = dense.get("accuracy", dense.get("spearman"))
     rows = {}
-    for name, rules in RECIPES.items():
+    for name in args.only:
         # integers know no seed
-        seeds = args.seeds if rules[0]["scheme"] == "product" else args.seeds[:1]
+        seeds = args.seeds if RECIPES[name][0]["scheme"] == "product" else args.seeds[:1]
         rows[name] = together([cell(args.out, args.work, name, seed) for seed in seeds])
         print(f"{name}: {rows[name]['values']}", flush=True)
     (args.out / "untrained.json").write_text(json.dumps({"dense": dense, "rows": rows}, indent=1) + "\n")

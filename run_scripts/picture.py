@@ -32,15 +32,15 @@ def draw(results: list[tuple[str, dict[str, Any]]], path: Path) -> None:
                 *at, yerr=row.get("sd", 0), marker=MARKS[kind], color=colour, markersize=8, capsize=3
             )
             label = f"{at[1]:.1f}, {at[0]:.2f} MB"
-            axes.annotate(label, at, xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(label, at, xytext=(9, 5), textcoords="offset points", fontsize=9)
     for kind, mark in MARKS.items():
         axes.plot([], [], mark, color="grey", label=NAMES[kind])
     measure = "accuracy, %" if "accuracy" in results[0][1]["dense"] else "Spearman x 100"
     axes.set(xscale="log", xlabel="MB on the disk (10$^6$ bytes)", ylabel=f"{measure}, test set")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.margins(0.15)
+    axes.margins(x=0.25, y=0.1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
 
 

@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from fairseq_qn import api
 from fairseq_qn.errors import RecipeError, UnsupportedError
+from fairseq_qn.models.bpe import carry_bpe
 from fairseq_qn.models.checkpoint import text_of
 from fairseq_qn.models.config import config_of, elsewhere, remember
+from fairseq_qn.models.options import BPE_FILES
 from fairseq_qn.models.quantised import UPSTREAM_NOISE, QuantisedModel
 from fairseq_qn.modules.moments import project_moments
 from fairseq_qn.modules.stages import Boundaries, due, explain, freeze_due, refresh_epoch
@@ -208,10 +210,19 @@ class QuantisedTask:
     def _measure(self) -> None:
         model, first = self._quant_model, elsewhere(self._config, "checkpoint.finetune_from_model")
         if self._text is None:
-            self._text = text_of(first) if first and Path(first).is_file() else ({}, {})
+            carried = text_of(first) if first and Path(first).is_file() else ({}, {})
+            self._text = _bpe_of(self._config) or carried
         source, assets = self._text
         unused = getattr(model, "qn_unused", list)()
         self._figures = api.figures(model, drop=unused, assets=assets, source=source)
+
+
+def _bpe_of(config: Any) -> tuple[dict[str, Any], dict[str, bytes]] | None:
+    """What --bpe and its files add to a small file; None without."""
+    bpe = elsewhere(config, "bpe")
+    options = BPE_FILES.get(getattr(bpe, "_name", None), ())
+    files = [Path(str(getattr(bpe, option, None))) for option in options]
+    return carry_bpe(bpe._name, files) if files and all(file.is_file() for file in files) else None
 
 
 def _refuse_unsupported(cfg: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_run import MLM, PLUGIN, Run, command, recipe, sentences, train, write_recipe
+from fairseq_run import CLASSES, MLM, PLUGIN, Run, command, recipe, sentences, train, write_recipe
 from forging import Bomb
 
 import fairseq_qn
@@ -131,6 +131,18 @@ def test_the_size_that_training_predicts(classifier: Run, masked: Run, tmp_path:
         ]
         predicted = run.logged()[-1]["qn_predicted_mb"] * 1e6
         assert predicted == pytest.approx(json.loads(said(*words))["size"]["total"], rel=0.01)
+
+
+def test_the_size_that_training_predicts_with_a_bpe(data, tmp_path: Path, said) -> None:
+    bpe = {"--bpe": "sentencepiece", "--sentencepiece-model": data.pieces}
+    recipe = {"--quant-noise-pq": 0.1, "--quant-noise-pq-block-size": 8, "--max-update": 1}
+    run = train(tmp_path / "run", data.classes, CLASSES, bpe, recipe)
+    small = tmp_path / "x.qn.safetensors"
+    words = ["--bpe", "sentencepiece", "--bpe-files", data.pieces, "--json"]
+    size = json.loads(said("compress", run.folder / "checkpoint_last.pt", "-o", small, *words))["size"]
+    predicted = run.logged()[-1]["qn_predicted_mb"] * 1e6
+    assert predicted == pytest.approx(size["total"], rel=0.01)
+    assert size["parts"]["assets"] > 0.02 * size["total"], "else the test says nothing"
 
 
 def test_a_wrong_drop_is_refused_before_anything_is_learned(

@@ -11,6 +11,7 @@ import io
 import json
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ def with_faiss(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
 
 def torch_save(checkpoint: str, recipe: str, out: str) -> dict[str, Any]:
     """The least that a command can do with a checkpoint: read it and write its model as it is."""
-    import fairseq_qn  # noqa: F401  (as every command has to, to read the options)
-
+    torch.serialization.add_safe_globals([Namespace])  # the options of a checkpoint
     torch.save(torch.load(checkpoint, map_location="cpu", weights_only=True)["model"], out)
     return {}
 

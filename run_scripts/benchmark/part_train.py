@@ -131,7 +131,8 @@ def timed(owner: Any, name: str, into: dict[str, float]) -> Iterator[None]:
 
 def profile(step: Step) -> dict[str, float]:
     """Seconds of a step that go into the views' reads and into their gradients."""
-    from fairseq_qn.modules import reading, view
+    from fairseq_qn.modules import view
+    from fairseq_qn.quant import reading
 
     seconds: dict[str, float] = {}
     with timed(view.WeightView, "read", seconds), timed(reading.Read, "backward", seconds):

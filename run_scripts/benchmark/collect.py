@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import OURS, show
 
-PARTS = ("kmeans", "compress", "train", "infer", "predict", "file")
+PARTS = ("kmeans", "compress", "train", "infer", "predict", "file", "file_features", "file_logits")
 INTRODUCTION = """# Benchmarks
 
 Written by `collect.py` from what `bash run_scripts/benchmark.sh` measured. A cell holds the median over the
@@ -28,7 +28,7 @@ ROWS = (
     ("infer", "all 8, features, 1x32", "features of 1 x 32 tokens"),
     ("infer", "all 8, features, 16x128", "features of 16 x 128 tokens"),
     ("file", "roberta_base", "bytes on the disk"),
-    ("file", "packed: time", "from the file to the first features"),
+    ("file_features", "packed: time", "from the file to the first features"),
 )
 OWN = ("ours", OURS)
 

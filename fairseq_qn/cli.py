@@ -101,7 +101,8 @@ def _count(text: str) -> int:
 
 
 def _add_bpe(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bpe", help="sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt")
+    names = "sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt"
+    sub.add_argument("--bpe", help=f"{names}; default: the model's own")
     sub.add_argument(
         "--bpe-files", nargs="+", type=Path, default=[], metavar="FILE", help="its model and vocabulary"
     )
@@ -256,9 +257,7 @@ def _labelled(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--test", type=Path, help="a third set; `train` then measures on it")
     sub.add_argument("--head", default="sentence_classification_head", help="name of the head")
     sub.add_argument("--labels", choices=("classes", "numbers"), help="default: by what they look like")
-    sub.add_argument("--bpe", help="as of compress; default: the model's own")
-    sub.add_argument("--bpe-files", nargs="+", type=Path, default=[], metavar="FILE")
-    sub.add_argument("--bpe-option", action="append", default=[], metavar="KEY=VALUE")
+    _add_bpe(sub)
     sub.add_argument("--seed", type=int, default=1)
 
 

@@ -252,13 +252,7 @@ class Integer(Scheme):
         bounds = {"group_size": GROUP_SIZES, **({} if bits == TERNARY else {"bits": BITS})}
         few = bits in (1, TERNARY)
         sound = all_whole(entry, bounds) and type(symmetric) is bool and (symmetric or not few)
-        if not sound or entry.get("granularity") not in GRANULARITIES:
-            return "a field is missing or out of range"
-        try:
-            ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
-        except BlockSizeError as error:
-            return str(error)
-        return None
+        return ranges_problem(entry) if sound else "a field is missing or out of range"
 
     @classmethod
     def layout(cls, entry: Entry, dtype: str) -> Specs:
@@ -350,3 +344,14 @@ class Integer(Scheme):
 
         found = site.derived("ranges", kept)
         return lsq.moved(found, site.parameter("step_change")) if self.ranges == LEARNED else found
+
+
+def ranges_problem(entry: Entry) -> str | None:
+    """What is wrong with the granularity of a record, or None; its group size is a whole number."""
+    if entry.get("granularity") not in GRANULARITIES:
+        return "a field is missing or out of range"
+    try:
+        ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
+    except BlockSizeError as error:
+        return str(error)
+    return None

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fairseq_qn.errors import BlockSizeError, FormatError
+from fairseq_qn.errors import FormatError
 from fairseq_qn.lines import one_of, whole
 from fairseq_qn.quant import learned_bits, noise
 from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.integer import ranges_shape
 from fairseq_qn.quant.learned_bits import NOISES, affine, bits_of, stream_bytes, widths_of
 from fairseq_qn.schemes.base import Draw, Entry, Scheme, Site, Specs, Stored, all_whole, distortion
-from fairseq_qn.schemes.integer import GRANULARITIES, GROUP_SIZES
+from fairseq_qn.schemes.integer import GRANULARITIES, GROUP_SIZES, ranges_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,12 +180,8 @@ class LearnedBits(Scheme):
     def check_entry(cls, entry: Entry) -> str | None:
         """Bounds, groups that fill a row, and bytes that some widths add up to."""
         legal = all_whole(entry, {"min_bits": BITS, "max_bits": BITS, "group_size": GROUP_SIZES})
-        if not legal or entry.get("granularity") not in GRANULARITIES:
-            return "a field is missing or out of range"
-        try:
-            ranges_shape(entry["shape"], entry["granularity"], entry["group_size"])
-        except BlockSizeError as error:
-            return str(error)
+        if problem := ranges_problem(entry) if legal else "a field is missing or out of range":
+            return problem
         n, least, most = prod(entry["shape"]), entry["min_bits"], entry["max_bits"]
         most_bytes = packed_bytes(n, most) + most - least  # each width that occurs may fill up a byte
         if least > most or not all_whole(entry, {"bytes": (packed_bytes(n, least), most_bytes)}):

@@ -16,7 +16,7 @@ from typing import Any
 
 def postpone(*names: str) -> None:
     """From now on, `import` of these leaves an empty module, which fills when an attribute of it, or a
-    submodule, is asked for.
+    submodule, is asked for. `package.*` means each module right below the package.
     """
     sys.meta_path.insert(0, _Finder(names))
 
@@ -24,12 +24,13 @@ def postpone(*names: str) -> None:
 class _Finder(MetaPathFinder):
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = {*names}
+        self.seen: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """As the other finders, but for the loader."""
-        if name not in self.names:
+        if name in self.seen or not self.names & {name, name.rpartition(".")[0] + ".*"}:
             return None
-        self.names.remove(name)  # so that this finder does not find it itself
+        self.seen.add(name)  # so that this finder does not find it itself
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Later(spec.loader)

@@ -117,6 +117,24 @@ assert CRITERION_REGISTRY["sentence_prediction"] is criterion and "sklearn" in s
     fresh(code, tmp_path)
 
 
+def test_a_package_whose_modules_are_postponed(tmp_path: Path) -> None:
+    """Each module right below it, not those further down, and not the package."""
+    package = tmp_path / "package"
+    for name in ("", "one", "two", "two/three"):
+        folder = package / name if name != "one" else package
+        folder.mkdir(exist_ok=True)
+        (folder / ("one.py" if name == "one" else "__init__.py")).write_text(f"print({name!r})\nvalue = 1\n")
+    code = """
+from fairseq_qn.lazy_import import postpone
+postpone("package.*")
+import package.one, package.two
+print("empty")
+import package.two.three
+from package.one import value
+"""
+    assert fresh(code, tmp_path).split("\n") == ["", "empty", "two", "two/three", "one", ""]
+
+
 def test_another_program_keeps_its_imports(tmp_path: Path) -> None:
     """main with words of its own, in a program that may go on with torch and fairseq."""
     code = f"""

@@ -32,7 +32,9 @@ class Step:
     updates: int = 0
 
 
-def steps(data: Prepared, plan: Schedule, work: Path, output: Path, seed: int, cpu: bool) -> list[Step]:
+def steps(
+    data: Prepared, plan: Schedule, work: Path, output: Path, seed: int, cpu: bool, size_weight: float
+) -> list[Step]:
     """The commands, which run in the folder of work. Paths of fairseq-qn's own are absolute."""
     made = []
     dense = data.checkpoint
@@ -48,6 +50,10 @@ def steps(data: Prepared, plan: Schedule, work: Path, output: Path, seed: int, c
     words += "--criterion quantization_aware --wrapped-criterion sentence_prediction".split()
     # 0.8 and 2.0 are minilm_mnli's, whose teacher is the dense model likewise
     words += ["--teacher-checkpoint", dense, *"--distill-weight 0.8 --distill-temperature 2.0".split()]
+    if (
+        size_weight
+    ):  # Adam moves a logit by its rate an update, which falls to zero: 5 in all, from 8 bits to 2
+        words += f"--size-weight {size_weight:g} --quant-logits-lr {10 / plan.staged:.2g}".split()
     made.append(Step("staged", "noise, then stages, taught by the dense model", (*words,), plan.staged))
     for name, what, source, target in (
         ("at_once", "the dense model frozen at once, to compare with", dense, work / AT_ONCE),

@@ -80,8 +80,8 @@ def _schedule(data: Prepared, recipe: Recipe, args: argparse.Namespace) -> Sched
 def _steps(data: Prepared, recipe: Recipe, work: Path, args: argparse.Namespace) -> list[Step]:
     import torch
 
-    cpu = not torch.cuda.is_available()
-    return steps(data, _schedule(data, recipe, args), work.resolve(), args.output.resolve(), args.seed, cpu)
+    plan, cpu = _schedule(data, recipe, args), not torch.cuda.is_available()
+    return steps(data, plan, work.resolve(), args.output.resolve(), args.seed, cpu, args.size_weight)
 
 
 def _plan(data: Prepared, plan: Schedule) -> str:
@@ -178,10 +178,12 @@ def _same(work: Path, args: argparse.Namespace, recipe: str) -> None:
         **{name: hashlib.sha256(text).hexdigest() for name, text in texts.items()},
         "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
         **{name: getattr(args, name) for name in ("epochs", "lr", "seed", "head", "labels", "bpe")},
+        "size_weight": args.size_weight,
     }
     file = work / "asked.json"
     begun = file.is_file() and (work / "data").is_dir()
     before = json.loads(file.read_text()) if begun else asked
+    before.setdefault("size_weight", 0.0)  # of a training that an older release began
     if differ := [name for name in asked if before.get(name) != asked[name]]:
         raise UnsupportedError(
             f"{work}: holds a training with another {', '.join(differ)}; go on with the same, give another "

@@ -4,9 +4,9 @@
 
 SEEDS: what seeds.py made of the quickstart; its dense model of each seed is where the cells of that seed
 start. post: frozen at once. qat, noise: `fairseq-qn train` from there, with a stage for all layers at once,
-taught by the dense model; p is 1, or 0.5 for integers and 0.1 for product codes. A finished cell,
-OUT/SCHEME-MODE-SEED.json, is not run again. Writes OUT/schemes.json and prints a table: mean and standard
-deviation over the seeds.
+taught by the dense model; p is 1, or 0.5 for integers and 0.1 for product codes. Learned bits have one
+noise, the published one. A finished cell, OUT/SCHEME-MODE-SEED.json, is not run again. Writes
+OUT/schemes.json and prints a table: mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -29,25 +29,21 @@ def all_layers(**lines: Any) -> list[dict[str, Any]]:
     return [{"layers": ".*", **lines}]
 
 
-# name -> rules, and p of the noise
-SCHEMES: dict[str, tuple[list[dict[str, Any]], float]] = {
-    "int8 channel": ([integer(8, "channel")], 0.5),
-    "int4 tensor": ([integer(4, "tensor")], 0.5),
-    "int4 channel": ([integer(4, "channel")], 0.5),
-    "int4 group 64": ([integer(4, "group")], 0.5),
-    "int4 channel, least squares": (
-        all_layers(scheme="integer", bits=4, granularity="channel", ranges="least_squares"), 0.5
-    ),
-    "int4 channel, learned": (
-        all_layers(scheme="integer", bits=4, granularity="channel", ranges="learned"), 0.5
-    ),
+# name -> rules, p of the noise, weight of the size
+SCHEMES: dict[str, tuple[list[dict[str, Any]], float, float]] = {
+    "int4 tensor": ([integer(4, "tensor")], 0.5, 0),
+    "int4 channel": ([integer(4, "channel")], 0.5, 0),
+    "int4 channel, learned": (all_layers(scheme="integer", bits=4, ranges="learned"), 0.5, 0),
     "int2 channel, least squares": (
-        all_layers(scheme="integer", bits=2, granularity="channel", ranges="least_squares"), 0.5
+        all_layers(scheme="integer", bits=2, ranges="least_squares"), 0.5, 0
     ),
-    "ternary channel": (all_layers(scheme="integer", bits="ternary", granularity="channel"), 0.5),
+    "ternary channel": (all_layers(scheme="integer", bits="ternary"), 0.5, 0),
     "product 8, 8, 4": (
-        [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}], 0.1
+        [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}], 0.1, 0
     ),
+    "learned bits, lambda 1": (all_layers(scheme="learned_bits", group_size=16), 1, 1),
+    "learned bits, lambda 10": (all_layers(scheme="learned_bits", group_size=16), 1, 10),
+    "int8 channel": ([integer(8, "channel")], 0.5, 0),
 }  # fmt: skip
 MODES = ("post", "qat", "noise")
 
@@ -58,7 +54,7 @@ def cell(out: Path, start: Path, name: str, mode: str, seed: int, sets: list[str
     kept = out / f"{stem}-{mode}-{seed}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    rules, p = SCHEMES[name]
+    rules, p, size_weight = SCHEMES[name]
     noise = {"kind": "exact" if "product" in name else "proxy", "p": 1 if mode == "qat" else p}
     recipe = out / f"{stem}-{mode}.yaml"
     recipe.write_text(
@@ -70,7 +66,17 @@ def cell(out: Path, start: Path, name: str, mode: str, seed: int, sets: list[str
     if mode == "post":
         found = frozen_file(work, dense["file"], recipe, seed, path)
     else:
-        words = ["--test", dense["on"], "--recipe", recipe, "--seed", seed, *sets]
+        words = [
+            "--test",
+            dense["on"],
+            "--recipe",
+            recipe,
+            "--seed",
+            seed,
+            "--size-weight",
+            size_weight,
+            *sets,
+        ]
         found = tool("train", "--model", dense["file"], *words, "-o", path, "--json")["rows"]["small"]
     row = {
         "scheme": name, "mode": mode, "seed": seed, "bytes": found["bytes"], "accuracy": found["accuracy"],
@@ -101,16 +107,21 @@ def main() -> None:
     ]
     cells = []
     for name in args.only:
-        shown, seconds, size = [], [], 0
+        shown, seconds, sizes = [], [], [0]
         for mode in MODES:
+            if mode == "qat" and SCHEMES[name][1] == 1:
+                shown.append("")
+                continue
             rows = [cell(args.out, args.start, name, mode, seed, sets) for seed in args.seeds]
             cells += rows
-            size = round(statistics.mean(row["bytes"] for row in rows))
+            sizes = [row["bytes"] for row in rows]  # of the last way; they differ where widths are learned
             values = [row["accuracy"] for row in rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             shown.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
             seconds.append(statistics.mean(row["seconds"] for row in rows))
-        lines.append(f"| {name} | {size:,} | {' | '.join(shown)} | {seconds[2]:.0f} |")
+        lines.append(
+            f"| {name} | {round(statistics.mean(sizes)):,} | {' | '.join(shown)} | {seconds[-1]:.0f} |"
+        )
         print(lines[-1], flush=True)
     (args.out / "schemes.json").write_text(json.dumps({"dense": dense, "cells": cells}, indent=1) + "\n")
     print(f"\ndense: {statistics.mean(dense):.2f}, {len(dense)} seeds\n\n" + "\n".join(lines))

@@ -143,14 +143,17 @@ def measure(path: Path, name: str, logits: bool, repeats: int) -> tuple[list[har
 
 
 def main() -> None:
-    args = harness.arguments("infer").parse_args()
+    parser = harness.arguments("infer")
+    recipes = {"attention 4": RECIPE, "all 8": GROUPS_OF_8}
+    parser.add_argument("--only", nargs="+", choices=recipes, default=list(recipes), help="some recipes")
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
     cases, notes = [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint = write_checkpoint(folder)
-        for recipe, name in ((RECIPE, "attention 4"), (GROUPS_OF_8, "all 8")):
-            path = small_file(folder, checkpoint, recipe, name.replace(" ", "-"))
+        for name in args.only:
+            path = small_file(folder, checkpoint, recipes[name], name.replace(" ", "-"))
             for logits in (False, True) if name == "attention 4" else (False,):
                 more, said = measure(path, name, logits, args.repeats)
                 cases, notes = cases + more, [*notes, *(line for line in said if line not in notes)]

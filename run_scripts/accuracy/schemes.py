@@ -11,13 +11,12 @@ OUT/schemes.json and prints a table: mean and standard deviation over the seeds.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from seeds import commit, frozen_file, results, tool
+from seeds import commit, frozen_file, machine, results, tool
 from untrained import integer, product
 
 FFN, TABLE, ATTENTION = r".*\.fc[12]", ".*embed_tokens", r".*self_attn\.(q|k|v|out)_proj"
@@ -32,6 +31,8 @@ def all_layers(**lines: Any) -> list[dict[str, Any]]:
 # name -> rules, p of the noise, weight of the size
 SCHEMES: dict[str, tuple[list[dict[str, Any]], float, float]] = {
     "int4 tensor": ([integer(4, "tensor")], 0.5, 0),
+    "int3 tensor": ([integer(3, "tensor")], 0.5, 0),
+    "int2 tensor": ([integer(2, "tensor")], 0.5, 0),
     "int4 channel": ([integer(4, "channel")], 0.5, 0),
     "int4 channel, learned": (all_layers(scheme="integer", bits=4, ranges="learned"), 0.5, 0),
     "int2 channel, least squares": (
@@ -80,7 +81,7 @@ def cell(out: Path, start: Path, name: str, mode: str, seed: int, sets: list[str
         found = tool("train", "--model", dense["file"], *words, "-o", path, "--json")["rows"]["small"]
     row = {
         "scheme": name, "mode": mode, "seed": seed, "bytes": found["bytes"], "accuracy": found["accuracy"],
-        "seconds": round(time.monotonic() - began, 1), "commit": commit(), "machine": platform.processor(),
+        "seconds": round(time.monotonic() - began, 1), "commit": commit(), "machine": machine(),
     }  # fmt: skip
     kept.write_text(json.dumps(row) + "\n")
     return row

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def machine() -> str:
+    """Its processor, and how many threads torch is told to take."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    return f"{found[1] if found else platform.machine()}, {threads} threads"
+
+
 def together(some: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over rows of the same kind."""
     measure = "accuracy" if some[0].get("accuracy") is not None else "spearman"
@@ -106,7 +115,7 @@ def main() -> None:
         "seeds": args.seeds,
         "command": ["fairseq-qn", "train", *words],
         "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

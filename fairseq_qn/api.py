@@ -184,13 +184,15 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
     return content.size()
 
 
-def size_penalty(model: nn.Module) -> Tensor:
+def size_penalty(model: nn.Module, *, rounded: bool = True) -> Tensor:
     """MiB (2^20 bytes) of the weights that learn their size, differentiable: a fp32 scalar to add to the
     loss, times a weight (Defossez et al. 2021).
 
-    Layers that are frozen count as they are. Raises UnsupportedError where no weight learns its size.
+    rounded: of bits as the file has them; else of the real-valued ones. The gradient is that of the
+    real-valued ones either way. Layers that are frozen count as they are. Raises UnsupportedError where
+    no weight learns its size.
     """
-    sizes = [size for view in views_of(model) if (size := view.scheme.size(view)) is not None]
+    sizes = [size for view in views_of(model) if (size := view.scheme.size(view, rounded)) is not None]
     if not sizes:
         raise UnsupportedError(
             "size_penalty: no layer learns its size; use scheme: learned_bits in the recipe, or no penalty"

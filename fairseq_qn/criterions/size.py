@@ -31,4 +31,6 @@ class Size(Term):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises UnsupportedError where no layer learns its size."""
         size = api.size_penalty(model)
-        return loss + sample_size * self.weight * size, {"qn_size_mib": size.detach()}
+        real = api.size_penalty(model, rounded=False)
+        figures = {"qn_size_mib": size.detach(), "qn_real_size_mib": real.detach()}
+        return loss + sample_size * self.weight * size, figures

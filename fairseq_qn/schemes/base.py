@@ -170,8 +170,11 @@ class Scheme(ABC):
         """Why the values of these buffers are none that it learns, or None."""
         return None
 
-    def size(self, site: Site) -> Tensor | None:
-        """Bits in the file, differentiable, fp32, of a weight whose scheme learns them; else None."""
+    def size(self, site: Site, rounded: bool) -> Tensor | None:
+        """Bits in the file, differentiable, fp32, of a weight whose scheme learns them; else None.
+
+        rounded: as the file has them, straight through; else by what is learned, whole or not.
+        """
         return None
 
     @abstractmethod

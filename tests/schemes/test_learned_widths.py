@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from torch import Tensor, nn
 
 import fairseq_qn
 from fairseq_qn.artifact import container
+from fairseq_qn.artifact.container import spec_of
 from fairseq_qn.errors import BlockSizeError, FormatError, NonFiniteWeight, RecipeError, UnsupportedError
 from fairseq_qn.modules.view import FROZEN, views_of
+from fairseq_qn.quant.bitpack import pack
+from fairseq_qn.quant.learned_bits import pack_groups, stream_bytes
 from fairseq_qn.recipe import Recipe
+from fairseq_qn.schemes.learned_bits import LearnedBits
 
 
 def applied(model: nn.Module, layers: str = ".*", p: float = 1.0, **lines: Any) -> nn.Module:
@@ -42,17 +47,41 @@ def spread(model: nn.Module, deviation: float = 2.0, seed: int = 0) -> None:
 def test_three_sizes_agree(deviation: float, seed: int, tmp_path: Path) -> None:
     model = applied(nn.Linear(1024, 512, bias=False))
     spread(model, deviation, seed)
+    real = float(fairseq_qn.size_penalty(model, rounded=False).detach()) * 2**20
     penalty = float(fairseq_qn.size_penalty(model).detach()) * 2**20
     predicted = fairseq_qn.predict_size(model)
     fairseq_qn.freeze(model)
     assert fairseq_qn.predict_size(model) == predicted
     written = fairseq_qn.save(model, tmp_path / "m").total
     assert predicted == written == (tmp_path / "m").stat().st_size
-    assert penalty == pytest.approx(written, rel=0.01)
-    rounded = float(fairseq_qn.size_penalty(model)) * 2**20
+    assert real == pytest.approx(written, rel=0.01) and penalty == pytest.approx(written, rel=0.01)
+    assert float(fairseq_qn.size_penalty(model)) * 2**20 == pytest.approx(penalty, abs=1)
+    tensors, manifest = container.read(tmp_path / "m")
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert penalty - 1 <= stored <= penalty + 14
+    entry = manifest["layers"]["weight"]
+    of_width = (entry["max_bits"] - entry["min_bits"]).bit_length()
+    assert of_width == (4 if deviation > 0.1 else 3) or deviation == 0.1
+    assert tensors["weight/widths"].numel() == 1024 * 512 // 16 * of_width // 8
+
+
+def test_sizes_agree_at_the_floor(tmp_path: Path) -> None:
+    """Logits that a penalty drives down in step all round to the same side; the gradient is the paper's."""
+    model = applied(nn.Linear(1024, 512, bias=False))
+    (view,) = views_of(model)
+    with torch.no_grad():
+        view.parameter("bit_logits").fill_(-2.8)  # 2.75 bits
+    slopes, sizes = [], []
+    for rounded in (True, False):
+        size = fairseq_qn.size_penalty(model, rounded=rounded)
+        slopes.append(torch.autograd.grad(size, view.parameter("bit_logits"))[0])
+        sizes.append(float(size.detach()) * 2**20)
+    assert torch.equal(*slopes) and slopes[0].min() > 0 and sizes[0] > 1.08 * sizes[1]
+    fairseq_qn.freeze(model)
+    written = fairseq_qn.save(model, tmp_path / "m").total
+    assert sizes[0] == pytest.approx(written, rel=0.01)
     tensors = container.read(tmp_path / "m")[0]
-    assert rounded <= sum(t.numel() * t.element_size() for t in tensors.values()) <= rounded + 14
-    assert tensors["weight/widths"].numel() == 1024 * 512 // 16 // 2, "four bits each"
+    assert "weight/widths" not in tensors, "one width for all takes none"
 
 
 def test_the_penalty_is_of_the_logits_alone_and_of_what_is_not_frozen() -> None:
@@ -182,11 +211,12 @@ def test_forgeries(tmp_path: Path) -> None:
     changes = {
         "bytes of the widths": lambda t, e: t["weight/widths"].zero_(),
         "expected at most 9 bits": lambda t, e: t["weight/widths"].fill_(0b1000_0111),
-        "finite ends": lambda t, e: t["weight/range"].fill_(float("nan")),
-        "ends around 0": lambda t, e: t["weight/range"].fill_(1.0),
-        r"ends around 0, found \[-3.*e\+38": lambda t, e: t["weight/range"].copy_(
-            torch.tensor([-3e38, 3.4e38])
-        ),
+        "finite ends": lambda t, e: t["weight/ends"].fill_(float("nan")),
+        "ends in order": lambda t, e: t["weight/ends"].copy_(t["weight/ends"].flip(0)),
+        r"ends in order, found \[-inf": lambda t, e: t["weight/ends"][:1].fill_(-float("inf")),
+        "field is missing": lambda t, e: e.update(grid="none"),
+        "or out of range": lambda t, e: e.update(zero_row=8),
+        r"range: expected F32 \[2\], found none": lambda t, e: e.pop("grid"),
         r"levels: expected \d+ bytes of the widths": shorter,
         "those of 512 weights of 3 to 9 bits": lambda t, e: e.update(bytes=10**9),
         "of 9 to 3 bits": lambda t, e: e.update(min_bits=9, max_bits=3),
@@ -195,6 +225,50 @@ def test_forgeries(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=match) as error:
             fairseq_qn.load(forged(tmp_path / "m", tmp_path, change), model=nn.Linear(64, 8, bias=False))
         one_line(error.value)
+
+
+def test_files_of_before_have_a_level_of_zero() -> None:
+    """By hand: (q - zero) step over a range that holds 0, its zero rounded."""
+    torch.manual_seed(0)
+    ends, widths = torch.tensor([-1.0, 2.5]), [2, 3, 5, 2]
+    levels = [[random.randrange(2**b) for _ in range(4)] for b in widths]
+    entry = {
+        "scheme": "learned_bits", "shape": [2, 8], "granularity": "group", "group_size": 4, "min_bits": 2,
+        "max_bits": 15, "bytes": stream_bytes(torch.tensor(widths), 4),
+    }  # fmt: skip
+    assert LearnedBits.check_entry(entry) is None
+    parts = {
+        "levels": pack_groups(torch.tensor(levels), torch.tensor(widths)),
+        "widths": pack(torch.tensor(widths) - 2, 4), "range": ends,
+    }  # fmt: skip
+    assert {n: spec_of(t.dtype, t.shape) for n, t in parts.items()} == LearnedBits.layout(entry, "float16")
+    expected = []
+    for row, b in zip(levels, widths):
+        step = 3.5 / (2**b - 1)
+        zero = round(1.0 / step)
+        expected += [(q - zero) * step for q in row]
+    found = LearnedBits.decode(entry, parts).dense()
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_a_padding_row_of_zeros_stays_so(tmp_path: Path) -> None:
+    """No level need be 0; a row that training has moved is rounded as all others."""
+    ids = torch.tensor([1, 3])
+    for moved in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(40, 16, padding_idx=1)
+        with torch.no_grad():
+            table.weight[1] = 0.3 * moved
+        applied(table, max_bits=3)
+        fairseq_qn.freeze(table)
+        table.eval()
+        assert bool(table(ids)[0].any()) is moved and table(ids)[1].all()
+        predicted = fairseq_qn.predict_size(table)
+        assert predicted == fairseq_qn.save(table, tmp_path / "m").total
+        for mode in MODES:
+            loaded = fairseq_qn.load(tmp_path / "m", mode, nn.Embedding(40, 16, padding_idx=1))
+            assert torch.equal(loaded(ids), table(ids))
+            assert torch.equal(loaded.weight if mode == "dense" else loaded.decoded(), table.weight)
 
 
 def test_what_is_refused() -> None:

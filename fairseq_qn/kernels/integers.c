@@ -1,6 +1,5 @@
 /* Integers by ranges of consecutive values, as quant/integer.py defines them, to the bit: weights from 8-bit
- * levels, (level - zero) * scale, and weights of which a mask's share reads as quantised and de-quantised; and
- * what random bits stand for, as quant/learned_bits.py defines it.
+ * levels, (level - zero) * scale, and weights of which a mask's share reads as quantised and de-quantised.
  */
 #include <math.h>
 
@@ -83,33 +82,4 @@ EXPORT void qn_integer_noise(fork_t fork, int32_t threads, const float *weight, 
 {
     noise_t job = {weight, step, scale, highest, mask, noised, begin, size, range};
     share_out(fork, threads, noise, &job, (size + PIECE - 1) / PIECE);
-}
-
-typedef struct {
-    const int16_t *numbers;
-    const float *table;
-    float *values;
-    int64_t size;
-} lookup_t;
-
-FOR_EACH_PROCESSOR
-static void look_up(const int16_t *numbers, int64_t n, const float *table, float *values)
-{
-    for (int64_t i = 0; i < n; i++) values[i] = table[numbers[i] + 32768];
-}
-
-static void some(const void *data, int64_t piece, int worker)
-{
-    const lookup_t *job = data;
-    int64_t begin = piece * PIECE, left = job->size - begin;
-    (void)worker;
-    look_up(job->numbers + begin, left < PIECE ? left : PIECE, job->table, job->values + begin);
-}
-
-/* numbers [size], table [65536] -> values [size]: table[number + 32768] */
-EXPORT void qn_look_up(fork_t fork, int32_t threads, const int16_t *numbers, const float *table, int64_t size,
-                       float *values)
-{
-    lookup_t job = {numbers, table, values, size};
-    share_out(fork, threads, some, &job, (size + PIECE - 1) / PIECE);
 }

@@ -1,7 +1,4 @@
-"""Integers to weights, integer noise, what random bits stand for (integers.c).
-
-quant/integer.py and quant/learned_bits.py define them, to the bit.
-"""
+"""Integers to weights, and integer noise (integers.c). quant/integer.py defines both, to the bit."""
 
 from __future__ import annotations
 
@@ -53,10 +50,3 @@ def noise(weight: Tensor, mask: Tensor, begin: int, steps: Tensor, out: Tensor) 
         len(mask), out.shape[1],
         out.data_ptr() + 4 * begin,
     )  # fmt: skip
-
-
-def look_up(numbers: Tensor, table: Tensor, out: Tensor) -> None:
-    """Into out fp32 [n]: table[number + 32768] of numbers int16 [n], table fp32 [65536]. All contiguous."""
-    native.function("qn_look_up", "PiPPqP")(
-        *native.threads(), numbers.data_ptr(), table.data_ptr(), len(numbers), out.data_ptr()
-    )

@@ -12,15 +12,16 @@ Levels lie evenly from one end of the range to the other, so that 0 need not be 
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
 from math import gcd, log
 from typing import TYPE_CHECKING
 
 import torch
 
 from fairseq_qn.errors import FormatError
-from fairseq_qn.kernels import integers as kernel
-from fairseq_qn.quant import noise, reading
+from fairseq_qn.kernels import pseudo_noise as kernel
+from fairseq_qn.kernels.pseudo_noise import Draws
+from fairseq_qn.quant import reading
 from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.integer import OUTWARD
 
@@ -31,6 +32,7 @@ FIRST = 8  # bits before anything is learned, as published, where the bounds all
 NOISES = ("gaussian", "uniform")
 WIDTHS = 16  # of tables by width: 0 .. 15
 CHUNK = 1 << 18  # draws at a time: few enough that temporaries stay in a cache
+MASK = (1 << 32) - 1
 
 
 def first_logit(least: int, most: int) -> float:
@@ -68,47 +70,88 @@ def range_of(weight: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(weight.detach())).float()
 
 
-@cache
-def _quantiles(kind: str, device: torch.device) -> Tensor:
-    """fp32 [65536]: the middle of each of as many parts of u's distribution, equally likely."""
-    share = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
-    values = share - 0.5 if kind == "uniform" else torch.special.ndtri(share) / 2
-    return values.float().to(device)
+def _uniform(bits: Tensor) -> Tensor:
+    return (bits >> 8).float() * 2**-24 - (0.5 - 2**-25)
 
 
-def pseudo_noise(n: int, kind: str, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """n draws of u, fp32: quantiles by 16 random bits each, a fourth of what a normal draw takes."""
-    u, quantiles = torch.empty(n, device=device), _quantiles(kind, torch.device(device))
-    for part, draws in zip(u.split(CHUNK), noise.quarters(n, seed, device, CHUNK)):
-        if kernel.usable(draws, quantiles):
-            kernel.look_up(draws, quantiles, part)
-        else:
-            torch.index_select(quantiles, 0, draws.int().add_(1 << 15), out=part)
-    return u
+def _gaussian(bits: Tensor) -> Tensor:
+    """The sum of four bytes, bent to the normal distribution: its fourth moment is 2.997, for 3."""
+    total = (bits & 255) + (bits >> 8 & 255) + (bits >> 16 & 255) + (bits >> 24)
+    x = (total - 510).float() * 2**-9
+    square = x * x
+    return x * (1.676208 + square * (0.083179 + square * 0.475080))
 
 
-def noised(rows: Tensor, bits: Tensor, u: Tensor) -> Tensor:
-    """rows [n_groups, g] and the step of each group's bits [n_groups] times u [n_groups, g].
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits, in int64, in which each bit of x moves every other half the time."""
+    x = (x ^ x >> 16) * 0x7FEB352D & MASK
+    x = (x ^ x >> 15) * 0x846CA68B & MASK
+    return x ^ x >> 16
+
+
+@dataclass(frozen=True)
+class PseudoNoise:
+    """u of each weight, a function of its index and the seed: nothing of it is kept for backward.
+
+    p: the share of weights that have any. skip: the first of those that have none, and how many.
+    """
+
+    kind: str
+    seed: int
+    p: float = 1.0
+    skip: tuple[int, int] = (0, 0)
+
+    @property
+    def given(self) -> Draws:
+        """As the kernel takes it."""
+        keys = self.seed & MASK, self.seed >> 32 & MASK
+        return self.kind == "gaussian", *keys, round(self.p * 65536), *self.skip
+
+    def draws(self, n: int, device: torch.device) -> Tensor:
+        """u, fp32 [n].
+
+        >>> PseudoNoise("uniform", seed=1, p=0.5).draws(4, torch.device("cpu"))
+        tensor([...])
+        """
+        gaussian, first, second, below, begin, size = self.given
+        u = torch.empty(n, device=device)
+        for at, part in zip(range(0, n, CHUNK), u.split(CHUNK)):
+            index = torch.arange(at, at + len(part), device=device)
+            bits = _mixed((_mixed((index + first) & MASK) + second) & MASK)
+            part.copy_(_gaussian(bits) if gaussian else _uniform(bits))
+            part.mul_(_mixed((bits + first) & MASK) >> 16 < below)
+        u[begin : begin + size] = 0
+        return u
+
+
+def noised(rows: Tensor, bits: Tensor, noise: PseudoNoise) -> Tensor:
+    """rows [n_groups, g] and the step of each group's bits [n_groups] times u.
 
     >>> rows, bits = torch.tensor([[0.0, 3.0]]), torch.tensor([2.0], requires_grad=True)
-    >>> seen = noised(rows, bits, torch.tensor([[0.5, -0.5]]))  # step 1
-    >>> seen.tolist()
-    [[0.5, 2.5]]
+    >>> u = (noised(rows, bits, PseudoNoise("uniform", seed=1)) - rows).detach()  # step 1
+    >>> bool((u.abs() <= 0.5).all())
+    True
     """
     low, high = range_of(rows)
     tops = torch.exp2(bits.detach()) - 1
 
+    def draws(like: Tensor) -> Tensor:
+        return noise.draws(like.numel(), like.device).view(like.shape)
+
     def value(weight: Tensor) -> Tensor:
-        steps = ((high - low) / tops).unsqueeze(1)
-        return torch.addcmul(weight.float(), u, steps).to(weight.dtype)
+        steps = (high - low) / tops
+        if kernel.usable(weight):
+            return kernel.add(weight, steps, noise.given)
+        found: Tensor = weight + (steps.unsqueeze(1) * draws(weight)).to(weight.dtype)
+        return found
 
     def gradients(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        dots = torch.bmm(
-            grad.to(u.dtype).unsqueeze(1), u.unsqueeze(2)
-        ).flatten()  # no product of all in memory
+        if kernel.usable(grad):
+            dots, of_weight = kernel.dots(grad, noise.given)
+        else:
+            dots, of_weight = (grad * draws(grad)).sum(1), grad.clone(memory_format=torch.contiguous_format)
         slopes = dots / tops  # of high - low, by group
-        of_range, of_weight = slopes.sum(), grad.clone(memory_format=torch.contiguous_format)
-        both = torch.stack([-of_range, of_range]).to(grad.dtype)
+        both = torch.stack([-slopes.sum(), slopes.sum()]).to(grad.dtype)
         of_weight.view(-1).index_add_(0, _ends_at(weight), both)
         return of_weight, slopes * (low - high) / tops * (tops + 1) * log(2)
 

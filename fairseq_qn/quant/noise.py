@@ -52,19 +52,13 @@ def bernoulli(n: int, p: float, seed: int, device: torch.device | str = "cpu") -
 
 def draws(n: int, p: float, seed: int, device: torch.device | str) -> Iterator[Tensor]:
     """`bernoulli` by CHUNK draws, each in the memory of those before, which the cache holds."""
-    mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
-    for numbers in quarters(n, seed, device, CHUNK):
-        yield torch.lt(numbers, round(p * 65536) - 32768, out=mask[: len(numbers)])
-
-
-def quarters(n: int, seed: int, device: torch.device | str, chunk: int) -> Iterator[Tensor]:
-    """n numbers of 16 random bits, int16, by `chunk`, each in the memory of those before."""
     generator = torch.Generator(device).manual_seed(seed)
-    numbers = torch.empty((min(n, chunk) + 3) // 4, dtype=torch.int64, device=device)
-    for begin in range(0, n, chunk):
-        size = min(chunk, n - begin)
+    mask = torch.empty(min(n, CHUNK), dtype=torch.bool, device=device)
+    numbers = torch.empty((len(mask) + 3) // 4, dtype=torch.int64, device=device)
+    for begin in range(0, n, CHUNK):
+        size = min(CHUNK, n - begin)
         numbers[: (size + 3) // 4].random_(-(2**63), None, generator=generator)
-        yield numbers.view(torch.int16)[:size]
+        yield torch.lt(numbers.view(torch.int16)[:size], round(p * 65536) - 32768, out=mask[:size])
 
 
 def drop_blocks(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:

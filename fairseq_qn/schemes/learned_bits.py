@@ -18,7 +18,7 @@ import torch
 
 from fairseq_qn.errors import FormatError
 from fairseq_qn.lines import one_of, whole
-from fairseq_qn.quant import learned_bits, noise
+from fairseq_qn.quant import learned_bits
 from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
 from fairseq_qn.quant.integer import ranges_shape
 from fairseq_qn.quant.learned_bits import NOISES, bits_of, range_of, stream_bytes, widths_of
@@ -132,16 +132,11 @@ class LearnedBits(Scheme):
 
     def noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
         """Weights drawn read with pseudo-noise, of the step of their group's bits; a padding row without."""
-        drawn = learned_bits.pseudo_noise(w.numel(), self.pseudo_noise, draw.seed, w.device)
-        if not noise.is_certain(draw.p):
-            masks = noise.draws(w.numel(), draw.p, noise.seed_of(draw.seed, "drawn"), w.device)
-            for part, mask in zip(drawn.split(noise.CHUNK), masks):
-                part.mul_(mask)
-        if site.padding_idx is not None:
-            drawn.view(w.shape)[site.padding_idx] = 0
-        shape, logits = self._groups(w.shape), site.parameter("bit_logits")
-        bits = bits_of(logits, self.min_bits, self.max_bits)
-        return learned_bits.noised(w.reshape(shape), bits, drawn.view(shape)).view(w.shape)
+        row, pad = w.numel() // w.shape[0], site.padding_idx
+        skip = (0, 0) if pad is None else (pad * row, row)
+        drawn = learned_bits.PseudoNoise(self.pseudo_noise, draw.seed, draw.p, skip)
+        bits = bits_of(site.parameter("bit_logits"), self.min_bits, self.max_bits)
+        return learned_bits.noised(w.reshape(self._groups(w.shape)), bits, drawn).view(w.shape)
 
     def learn(self, w: Tensor, site: Site, warm: bool, iterations: int, seed: int) -> float:
         """Fix the widths."""

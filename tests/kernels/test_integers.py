@@ -11,7 +11,6 @@ from strategies import hostile
 from fairseq_qn.kernels import integers as kernel
 from fairseq_qn.kernels import native
 from fairseq_qn.quant.integer import Integers, dequantize, fake_quantize, fake_quantize_some
-from fairseq_qn.quant.learned_bits import NOISES, pseudo_noise
 from fairseq_qn.quant.noise import bernoulli
 
 needs_kernel = pytest.mark.skipif(
@@ -86,12 +85,3 @@ def test_noise_in_other_dtypes(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     expected = torch.where(mask.view(9, 8), fake_quantize(weight, 4), weight.float().to(dtype))
     assert torch.equal(found, expected)
-
-
-@needs_kernel
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("n", [1, 3, 16_384, 300_001])
-def test_pseudo_noise_is_that_of_torch(kind: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = pseudo_noise(n, kind, seed=5)
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert torch.equal(found, pseudo_noise(n, kind, seed=5))

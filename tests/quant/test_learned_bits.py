@@ -13,12 +13,12 @@ from strategies import weights
 
 from fairseq_qn.errors import FormatError
 from fairseq_qn.quant.learned_bits import (
+    PseudoNoise,
     bits_of,
     fake_quantize,
     first_logit,
     noised,
     pack_groups,
-    pseudo_noise,
     stream_bytes,
     unpack_groups,
     widths_of,
@@ -75,24 +75,44 @@ def test_rounding_by_hand(w: torch.Tensor, first: int, other: int) -> None:
             assert levels.min() > -0.5 and levels.max() < 2**b - 0.5
 
 
-def test_noise_is_what_it_is_called() -> None:
-    for kind, deviation in (("uniform", 12**-0.5), ("gaussian", 0.5)):
-        u = pseudo_noise(40_000, kind, seed=3)
-        assert abs(float(u.mean())) < 0.02 and float(u.std()) == pytest.approx(deviation, rel=0.02)
-        assert torch.equal(u, pseudo_noise(40_000, kind, seed=3))
-        assert not torch.equal(u, pseudo_noise(40_000, kind, seed=4))
-        assert (float(u.abs().max()) <= 0.5) is (kind == "uniform")
+def u_of(n: int, kind: str, seed: int, **more: object) -> torch.Tensor:
+    return PseudoNoise(kind, seed, **more).draws(n, torch.device("cpu"))
+
+
+def normal(x: torch.Tensor) -> torch.Tensor:
+    return torch.special.ndtr(x.double() * 2)
+
+
+@pytest.mark.parametrize(("kind", "cdf"), [("uniform", lambda x: x.double() + 0.5), ("gaussian", normal)])
+def test_noise_is_what_it_is_called(kind: str, cdf: object) -> None:
+    n = 1 << 20
+    for seed in (3, 1 << 40):
+        u = u_of(n, kind, seed)
+        far = (cdf(u.sort().values) - (torch.arange(n) + 0.5) / n).abs().max()  # Kolmogorov and Smirnov's
+        assert far < 1.95 / n**0.5 + (kind == "gaussian") * 8e-4
+        assert float(u.abs().max()) < 0.5 if kind == "uniform" else 2.1 < float(u.abs().max()) < 2.3
+        other = u_of(n, kind, seed + 1)
+        for a, b in ((u, other), (u[1:], u[:-1]), (u[16:], u[:-16]), (u.abs(), other.abs())):
+            assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 5 / n**0.5
+        assert torch.equal(u[:99], u_of(99, kind, seed))
+        some = u_of(n, kind, seed, p=0.3, skip=(7, 20))
+        drawn = some != 0
+        assert torch.equal(some[drawn], u[drawn]) and not drawn[7:27].any()
+        assert abs(float(drawn.float().mean()) - 0.3) < 5 * (0.21 / n) ** 0.5
+        assert abs(float(u[drawn].mean())) < 0.005, "which are drawn says nothing of how far"
 
 
 def test_gradients() -> None:
     """As finite differences have them: of the bits, and of the weights, the ends of the range among them."""
     torch.manual_seed(0)
-    rows, u, upstream = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    rows, upstream = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    noise = PseudoNoise("gaussian", seed=7)
+    u = noise.draws(12, rows.device).view(3, 4).double()
     rows.requires_grad_()
     logits = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
 
     def value(at: torch.Tensor) -> torch.Tensor:
-        return (noised(rows, bits_of(at, 2, 15).double(), u) * upstream).sum()
+        return (noised(rows, bits_of(at, 2, 15).double(), noise) * upstream).sum()
 
     value(logits).backward()
     steps = (rows.detach().amax() - rows.detach().amin()) / (torch.exp2(bits_of(logits.detach(), 2, 15)) - 1)

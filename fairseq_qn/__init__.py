@@ -26,17 +26,21 @@ if TYPE_CHECKING:
         load,
         parameter_groups,
         predict_size,
+        prune,
         refresh,
         remove,
         save,
+        sensitivity,
         set_update,
+        share,
         size_penalty,
     )  # fmt: skip
     from fairseq_qn.recipe import Recipe
 
 __all__ = [
     "Recipe", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "parameter_groups", "predict_size", "refresh", "remove", "save", "set_update", "size_penalty",
+    "parameter_groups", "predict_size", "prune", "refresh", "remove", "save", "sensitivity", "set_update",
+    "share", "size_penalty",
 ]  # fmt: skip
 
 

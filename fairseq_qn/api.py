@@ -30,17 +30,20 @@ from fairseq_qn.modules.freeze import (
 )
 from fairseq_qn.modules.match import Coverage
 from fairseq_qn.modules.moments import project_moments
+from fairseq_qn.modules.pruning import STACKS, pruned, sensitivity
 from fairseq_qn.modules.restore import File, read, register_builder
+from fairseq_qn.modules.sharing import share, shared
 from fairseq_qn.modules.stages import Stages
 from fairseq_qn.modules.undecayed import parameter_groups
 from fairseq_qn.modules.view import FROZEN, views_of
 from fairseq_qn.recipe import Recipe
 from fairseq_qn.report import SizeReport, inspect
+from fairseq_qn.structure import Prune
 
 __all__ = [
     "File", "Stages", "apply", "decoded_state_dict", "figures", "follow", "freeze", "inspect", "load",
-    "parameter_groups", "predict_size", "read", "refresh", "register_builder", "remove", "save",
-    "set_update", "size_penalty",
+    "parameter_groups", "predict_size", "prune", "read", "refresh", "register_builder", "remove", "save",
+    "sensitivity", "set_update", "share", "size_penalty",
 ]  # fmt: skip
 
 
@@ -51,7 +54,8 @@ def apply(
     seed: int | None = None,
     strict: bool = True,
 ) -> Coverage:
-    """Install weight views on the layers that the recipe names, in place.
+    """Let layers share their weights as the recipe says, and install weight views on those that it names,
+    in place.
 
     Applying the same recipe again covers layers that the model has gained since; to a model of whose parts
     some carry its views already, it takes these over. seed: of the noise and of k-means; by default torch's,
@@ -60,7 +64,9 @@ def apply(
     are in place, or a weight cannot carry one.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    coverage = install_all(model, recipe, seed, strict)
+    pruned(model, recipe.prune, strict)  # refuses now what `save` would refuse
+    with shared(model, recipe.share, strict):
+        coverage = install_all(model, recipe, seed, strict)
     model._qn_recipe = recipe
     return coverage
 
@@ -152,8 +158,8 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
          coder: str | None = None) -> SizeReport:  # fmt: skip
     """Write the small file and report its size on disk.
 
-    Every layer of the recipe has to be frozen. parts: dtype of codebooks and of what stays dense, float16 or
-    float32.
+    Every layer of the recipe has to be frozen, but those that its `prune` leaves out.
+    parts: dtype of codebooks and of what stays dense, float16 or float32.
     drop: names of modules to leave out, e.g. an LM head that nothing will call. assets: files to carry along
     (BPE models).
     source: how to rebuild the model; a qn_ model of fairseq knows by itself. coder: "ans" codes what is
@@ -161,9 +167,8 @@ def save(model: nn.Module, path: str | Path, *, parts: str = "float16", drop: Se
     Raises UnsupportedError (not frozen, unknown module in `drop`), NonFiniteWeight, OSError; the old file
     survives any of them.
     """
-    content = content_of(
-        model, _applied(model, "save"), parts=parts, drop=drop, assets=assets, source=source, coder=coder
-    )
+    recipe, model = _applied(model, "save"), _outgoing(model)
+    content = content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source, coder=coder)
     if waiting := unfrozen(model):
         raise UnsupportedError(
             f"save: stages {waiting} are not frozen yet; call fairseq_qn.freeze(model) first"
@@ -179,9 +184,29 @@ def predict_size(model: nn.Module, *, parts: str = "float16", drop: Sequence[str
                  assets: Mapping[str, bytes] | None = None, source: Mapping[str, Any] | None = None,
                  coder: str | None = None) -> int:  # fmt: skip
     """Bytes that `save` will write, from shapes alone; frozen or not. With a coder, bytes at most."""
-    recipe = _applied(model, "predict_size")
+    recipe, model = _applied(model, "predict_size"), _outgoing(model)
     content = content_of(model, recipe, parts=parts, drop=drop, assets=assets, source=source, coder=coder)
     return content.size()
+
+
+def prune(model: nn.Module, keep: str | Sequence[int] | None = None, layers: str = STACKS) -> nn.Module:
+    """The model without some layers of its stacks: a tree of its own over the same layers and Parameters,
+    which stay whole in the model given. To be measured or saved; to be trained, prune before `apply`.
+
+    keep: "every_other", of layers or of the chunks that share their weights, beginning with the first; or
+    numbers of layers in the whole stack. By default what the recipe's `prune` says, as `save` does itself.
+    layers: the stacks, ModuleList or Sequential, whose whole name matches this regular expression.
+    Raises RecipeError, NoLayerMatched, UnsupportedError for layers that the model has not.
+
+    >>> stack = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    >>> prune(stack, "every_other", layers="")[1] is stack[2]
+    True
+    """
+    given = None if keep is None else Prune.parse([{"layers": layers, "keep": keep}], "prune")
+    result = pruned(model, _applied(model, "prune").prune if given is None else given)
+    if result is not model:
+        result.__dict__["_qn_pruned"] = True  # `save` prunes once
+    return result
 
 
 def size_penalty(model: nn.Module, *, rounded: bool = True) -> Tensor:
@@ -238,6 +263,11 @@ def figures(model: nn.Module, **saved: Any) -> dict[str, float]:
         errors = [distortion(view) for view in frozen if view.rule.stage == stage]
         result[f"distortion_{stage}"] = sum(errors) / len(errors)
     return result
+
+
+def _outgoing(model: nn.Module) -> nn.Module:
+    """What is written of a model: it, or what its recipe's `prune` leaves of it."""
+    return model if "_qn_pruned" in model.__dict__ else prune(model)
 
 
 def _applied(model: nn.Module, verb: str) -> Recipe:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,6 +112,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _kept(text: str) -> tuple[str, str | list[int]]:
+    """(stack or "", layers to keep) of --prune, for argparse."""
+    match = re.fullmatch(r"(?:(encoder|decoder)=)?(every_other|\d{1,5}(?:,\d{1,5})*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected every_other or numbers such as 0,2,4, found {text!r}")
+    return match[1] or "", match[2] if match[2] == "every_other" else [int(n) for n in match[2].split(",")]
+
+
 def _add_bpe(sub: argparse.ArgumentParser) -> None:
     names = "sentencepiece, gpt2, qn_wordpiece, fastbpe, subword_nmt"
     sub.add_argument("--bpe", help=f"{names}; default: the model's own")
@@ -192,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="MODULE",
         help="leave out; default: what a classifier never asks",
+    )
+    sub.add_argument(
+        "--prune",
+        action="append",
+        default=[],
+        type=_kept,
+        metavar="KEEP",
+        help="layers to keep: every_other, or 0,2,4; of one stack: decoder=0,2; default: the recipe's",
     )
     sub.add_argument("--keep-head", action="store_true", help="keep a classifier's LM head (fill_mask)")
     sub.add_argument(

@@ -18,40 +18,14 @@ from fairseq_qn.config_dir import recipe_file
 from fairseq_qn.errors import RecipeError
 from fairseq_qn.fairseq_yaml import from_fairseq_yaml
 from fairseq_qn.lines import flag, mapping, one_of, only, pattern, sequence
+from fairseq_qn.noise import Noise
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.activation import Activations
 from fairseq_qn.schemes.base import Scheme
+from fairseq_qn.structure import Prune, Share
 
 VERSION = 1
-NOISE_KINDS = ("none", "proxy", "exact")
 MODULE_TYPES = ("Linear", "Embedding", "Conv2d")
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Quantisation noise: which phi, and with which probability at which update (Fan et al. 2020, eq. 4).
-
-    `p` is a number, or knots [[update, p], ...] between which p is interpolated and outside which it is
-    held. `refresh`: when the codebooks of exact noise are learned anew: "epoch", or a number of updates.
-    """
-
-    kind: str = "none"
-    p: tuple[tuple[int, float], ...] = ((0, 0.0),)
-    refresh: str | int = "epoch"
-
-    def at(self, update: int) -> float:
-        """The noise probability at an update.
-
-        >>> noise = Noise("proxy", p=((0, 0.0), (100, 0.5)))
-        >>> [noise.at(update) for update in (0, 50, 100, 900)]
-        [0.0, 0.25, 0.5, 0.5]
-        """
-        before = [knot for knot in self.p if knot[0] <= update]
-        after = [knot for knot in self.p if knot[0] > update]
-        if not before or not after:
-            return (before[-1] if before else after[0])[1]
-        (u0, p0), (u1, p1) = before[-1], after[0]
-        return p0 + (p1 - p0) * (update - u0) / (u1 - u0)
 
 
 @dataclass(frozen=True)
@@ -95,6 +69,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     keep: tuple[str, ...] = ()
     noise: Noise = Noise()
+    share: tuple[Share, ...] = ()
+    prune: tuple[Prune, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
@@ -130,7 +106,12 @@ class Recipe:
             _without_defaults(stage) if stage != Stage(stage.name) else stage.name for stage in self.stages
         ]
         data = {"version": VERSION, "noise": asdict(self.noise), "rules": rules, "keep": self.keep}
-        plain: dict[str, Any] = json.loads(json.dumps({**data, "stages": stages}))  # lists for tuples
+        data |= {"stages": stages} | {
+            name: [asdict(line) for line in lines]
+            for name, lines in (("share", self.share), ("prune", self.prune))
+            if lines
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(data))  # lists for tuples
         return plain
 
     def to_json(self) -> str:
@@ -216,12 +197,13 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _recipe(data: Mapping[str, Any]) -> Recipe:
-    only(data, ("version", "noise", "rules", "keep", "stages"), "recipe")
+    only(data, ("version", "noise", "rules", "keep", "stages", "share", "prune"), "recipe")
     if data.get("version") != VERSION:
         raise RecipeError(f"version: expected {VERSION}, found {data.get('version')!r}")
-    noise = _noise(data.get("noise"), "noise")
-    entries = sequence(data.get("rules"), "rules")
-    if not entries:
+    noise = Noise.parse(data.get("noise"), "noise")
+    share, prune = Share.parse(data.get("share"), "share"), Prune.parse(data.get("prune"), "prune")
+    entries = sequence(data.get("rules", [] if share or prune else None), "rules")
+    if not entries and not share and not prune:
         raise RecipeError("rules: expected at least one rule, found none")
     rules = tuple(_rule(entry, f"rules[{i}]") for i, entry in enumerate(entries))
     named = list(dict.fromkeys(rule.stage for rule in rules))
@@ -241,7 +223,7 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
     for name in order:
         if name not in named:
             raise RecipeError(f"stages: no rule belongs to stage {name!r}; name it in a rule or take it out")
-    return Recipe(rules, stages, keep, noise)
+    return Recipe(rules, stages, keep, noise, share, prune)
 
 
 def _rule(data: Any, where: str) -> Rule:
@@ -259,7 +241,7 @@ def _rule(data: Any, where: str) -> Rule:
     lines = {key: data[key] for key in common if key in data}
     lines |= {"stage": str(data.get("stage", "all")), "noise": None}
     if data.get("noise") is not None:
-        lines["noise"] = _noise(data["noise"], f"{where}.noise")
+        lines["noise"] = Noise.parse(data["noise"], f"{where}.noise")
     lines["scheme"] = SCHEMES[name].parse({key: data[key] for key in own[name] if key in data}, where)
     if data.get("activations") is not None:
         lines["activations"] = Activations.parse(data["activations"], f"{where}.activations")
@@ -284,29 +266,6 @@ def _without_foreign(data: Mapping[str, Any]) -> Mapping[str, Any]:
         return data
     own = [{key: rule[key] for key in rule if key not in _foreign(rule)} for rule in rules]
     return {**data, "rules": own}
-
-
-def _noise(data: Any, where: str) -> Noise:
-    if data is None:
-        return Noise()
-    only(data, ("kind", "p", "refresh"), where)
-    kind = data.get("kind")
-    one_of(kind, NOISE_KINDS, f"{where}.kind")
-    if kind != "none" and "p" not in data:
-        raise RecipeError(f"{where}.p: expected the probability of {kind} noise, found none")
-    p, refresh = data.get("p", 0.0), data.get("refresh", "epoch")
-    knots = p if isinstance(p, (list, tuple)) else [[0, p]]
-    try:
-        if any(isinstance(number, (bool, str)) for knot in knots for number in knot):
-            raise TypeError
-        knots = tuple((int(update), float(value)) for update, value in knots)
-    except (TypeError, ValueError, OverflowError):
-        raise RecipeError(f"{where}.p: expected a number or [[update, p], ...], found {p!r}") from None
-    if not knots or not all(0 <= value <= 1 for _, value in knots) or [*knots] != sorted(knots):
-        raise RecipeError(f"{where}.p: expected probabilities in [0, 1] at rising updates, found {p!r}")
-    if refresh != "epoch" and (isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1):
-        raise RecipeError(f"{where}.refresh: expected `epoch` or a number of updates, found {refresh!r}")
-    return Noise(kind, knots, refresh)
 
 
 def _stage(data: Any, where: str) -> Stage:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fairseq_qn"
 LAYERS = [
-    {"errors", "version", "config_dir", "lines", "fairseq_yaml", "kernels"},
+    {"errors", "version", "config_dir", "lines", "noise", "structure", "fairseq_yaml", "kernels"},
     {"quant"},
     {"schemes"},
     {"recipe", "artifact"},

@@ -13,6 +13,7 @@ from fairseq_qn.artifact.replacing import refuse_same
 from fairseq_qn.commands.common import carried, complain, hub
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules.activations import refuse_unseen
+from fairseq_qn.modules.pruning import STACKS
 from fairseq_qn.modules.view import views_of
 
 
@@ -25,6 +26,10 @@ def run(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"{args.checkpoint}: carries no recipe, none was trained with; give one, e.g. --recipe roberta"
         )
+    if not args.prune:
+        model = api.prune(model)
+    for stack, keep in args.prune:
+        model = api.prune(model, keep, rf"{stack}\..*layers" if stack else STACKS)
     source, assets = carried(args)
     if not source:
         source, assets = ours.text_of(args.checkpoint)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, tasks
+from fairseq import tasks
 from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def _build(state: dict[str, Any], config: Any, task: Any, draw: bool) -> nn.Modu
         model = task.build_model(config, from_checkpoint=True) if known else task.build_model(config)
     history = state.get("optimizer_history") or [{}]  # the first checkpoints had none
     model.set_num_updates(int(history[-1].get("num_updates", 0)))
-    weights = checkpoint_utils.prune_state_dict(copy.copy(state["model"]), config)
+    weights = model.qn_kept(copy.copy(state["model"]))
     model.upgrade_state_dict(weights)
     own = model.state_dict()
     for name in own.keys() & weights.keys():  # a checkpoint of fp16 training holds fp16

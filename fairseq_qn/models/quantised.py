@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.models import (
     ARCH_CONFIG_REGISTRY,
     ARCH_MODEL_INV_REGISTRY,
@@ -17,6 +18,7 @@ from fairseq.models import (
     register_model_architecture,
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from fairseq_qn import api
 from fairseq_qn.errors import UnsupportedError
@@ -25,12 +27,15 @@ from fairseq_qn.models.describe import checked, describe, dictionary_bytes
 from fairseq_qn.models.pretrained import is_small, load_interface
 from fairseq_qn.modules.activations import adopt_ranges
 from fairseq_qn.modules.adopt import adopt
+from fairseq_qn.modules.pruning import pruned_state
+from fairseq_qn.modules.sharing import Places, place
 from fairseq_qn.modules.view import views_of
 from fairseq_qn.recipe import Recipe, short_recipe
 
 logger = logging.getLogger(__name__)
 
 UPSTREAM_NOISE = ("quant_noise_pq", "quant_noise_scalar")
+SIDES = ("encoder", "decoder")
 
 
 class QuantisedModel:
@@ -53,7 +58,12 @@ class QuantisedModel:
                 remember(args, "model", name, 0)
             if recipe is not None:
                 remember(args, "model", "quant_recipe", recipe.to_json())
+            for side in SIDES:  # of transformers fairseq's parser makes a list, and its model splits text
+                kept = getattr(args, f"{side}_layers_to_keep", None)
+                if kept and not isinstance(kept, str):
+                    remember(args, "model", f"{side}_layers_to_keep", ",".join(map(str, kept)))
             model = super().build_model(args, task)
+            _number_layers(model, args)
             model.__dict__["_qn_source"] = describe(cls, args, task)
             if recipe is not None and not hasattr(task, "boundaries"):
                 model.__dict__["_qn_stock_task"] = getattr(config_of(task), "_name", type(task).__name__)
@@ -86,7 +96,9 @@ class QuantisedModel:
         source, dictionaries = self.__dict__["_qn_source"]
         heads = getattr(self, "classification_heads", {})
         sizes = {name: [head.out_proj.out_features, head.dense.out_features] for name, head in heads.items()}
-        source = checked({**source, "heads": sizes}, _unsaved)
+        depths = {f"{side}_layers": len(stack) for side, _, stack in _stacks(self)}  # `prune` may have been
+        source = {**source, "model": {**source["model"], **depths}, "heads": sizes}
+        source = checked(source, _unsaved)
         return source, {f"{name}.json": dictionary_bytes(d) for name, d in dictionaries.items()}
 
     def train(self, mode: bool = True) -> Any:
@@ -103,8 +115,18 @@ class QuantisedModel:
     def load_state_dict(
         self, state_dict: dict[str, Any], strict: bool = True, model_cfg: Any = None, args: Any = None
     ) -> Any:
-        """As fairseq's; layers that LayerDrop does not keep go before the rest is fitted to the views."""
-        return super().load_state_dict(prune_state_dict(state_dict, model_cfg), strict, model_cfg, args)
+        """As fairseq's; layers that are not kept go before the rest is fitted to the views."""
+        return super().load_state_dict(self.qn_kept(state_dict), strict)
+
+    def qn_kept(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict without the layers that --encoder-layers-to-keep, --decoder-layers-to-keep leave out.
+
+        fairseq prunes again what is pruned already, so that a run cannot be resumed by its own command, and
+        all of the other stack.
+        """
+        for name in self.__dict__.get("_qn_kept", ()):
+            state_dict = pruned_state(state_dict, f"{name}.", self.get_submodule(name))
+        return state_dict
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
         """Let checkpoints without views, or of another recipe, in as far as no frozen layer is lost."""
@@ -118,6 +140,33 @@ def mirror_architectures(ours: str, theirs: str) -> None:
     for name in ARCH_MODEL_INV_REGISTRY[theirs]:
         if f"qn_{name}" not in ARCH_MODEL_REGISTRY:
             register_model_architecture(ours, f"qn_{name}")(ARCH_CONFIG_REGISTRY[name])
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, str, nn.ModuleList]]:
+    """(encoder or decoder, name, layers) of fairseq's stacks of layers."""
+    for side in SIDES:
+        for name in (f"{side}.layers", f"{side}.sentence_encoder.layers"):
+            with suppress(AttributeError):
+                stack = model.get_submodule(name)
+                if isinstance(stack, nn.ModuleList):
+                    yield side, name, stack
+
+
+def _number_layers(model: nn.Module, args: Namespace | DictConfig) -> None:
+    """Of a model that fairseq built for some layers of a whole one: which. The options keep them, so that
+    chunks that share are those of the whole when it is built again.
+    """
+    model.__dict__["_qn_kept"] = kept = []
+    for side, name, stack in _stacks(model):
+        text = getattr(args, f"{side}_layers_to_keep", None)
+        if text:
+            numbers = sorted({int(number) for number in re.findall(r"\d+", str(text))})
+            if len(numbers) != len(stack):
+                option = f"--{side}-layers-to-keep"
+                raise UnsupportedError(f"{option}: expected numbers of layers, each once, found {text}")
+            place(stack, Places(tuple(numbers)))
+            remember(args, "model", f"{side}_layers", len(numbers))
+            kept.append(name)
 
 
 def _recipe_for(args: Namespace | DictConfig, task: Any) -> Recipe | None:

@@ -111,8 +111,10 @@ def _renamed(part: Any, criterion: str | None) -> Any:
             items[key] = items[key].removeprefix(_OURS)
     if items.get("criterion") == _CRITERION:
         items["criterion"] = criterion
-    if "user_dir" in items:
-        items["user_dir"] = None
+    # fairseq would prune what is pruned
+    for key in ("user_dir", "encoder_layers_to_keep", "decoder_layers_to_keep"):
+        if key in items:
+            items[key] = None
     return items if isinstance(part, dict) else Namespace(**items)
 
 

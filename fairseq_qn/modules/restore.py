@@ -52,8 +52,9 @@ class File:
 
     @property
     def names(self) -> list[str]:
-        """Of the weights in the file, and of the modules that were left out of it."""
-        return [*self.manifest["layers"], *dense_names(self.manifest), *self.manifest["dropped"]]
+        """Of the weights in the file, tied ones by all of theirs, and of the modules that were left out."""
+        tied = [name for names in self.manifest["ties"] for name in names[1:]]
+        return [*self.manifest["layers"], *dense_names(self.manifest), *tied, *self.manifest["dropped"]]
 
     @cached_property
     def assets(self) -> Mapping[str, bytes]:

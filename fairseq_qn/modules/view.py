@@ -24,9 +24,10 @@ from torch.utils.hooks import RemovableHandle
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
 from fairseq_qn.modules.clock import Clock, Time
+from fairseq_qn.noise import Noise
 from fairseq_qn.quant.noise import seed_of
 from fairseq_qn.quant.reading import read
-from fairseq_qn.recipe import Noise, Rule, is_conv1d
+from fairseq_qn.recipe import Rule, is_conv1d
 from fairseq_qn.schemes.base import Draw
 
 T = TypeVar("T")

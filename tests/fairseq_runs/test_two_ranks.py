@@ -82,6 +82,9 @@ def ranks(data, tmp_path_factory) -> Ranks:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    content = recipe({"kind": "exact", "p": 0.2}, share=[{"layers": ".*layers", "chunk": 2}])
+    shared = {"--quant-recipe": write_recipe(folder / "shared.yaml", content)}
+    shared |= {"--encoder-layers": 4, "--encoder-layerdrop": 0.5}
     common = [
         data.lm,
         MLM,
@@ -94,6 +97,7 @@ def ranks(data, tmp_path_factory) -> Ranks:
     runs = {
         "straight": [common, noisy, EACH, {"--save-dir": folder / "straight"}],
         "quiet": [common, quiet, QUIET, {"--save-dir": folder / "quiet"}],
+        "shared": [common, shared, {"--save-dir": folder / "shared"}],
         "resumed": [
             common,
             noisy,
@@ -120,7 +124,7 @@ def ranks(data, tmp_path_factory) -> Ranks:
     return Ranks(folder)
 
 
-@pytest.mark.parametrize("name", ["straight", "quiet"])
+@pytest.mark.parametrize("name", ["straight", "quiet", "shared"])
 def test_same_codes_and_weights(name: str, ranks: Ranks) -> None:
     first, second = (ranks.end(name, rank)["model"] for rank in range(2))
     # each rank has seen inputs of its own since the last update began; resumed, both go on from the first's
@@ -130,6 +134,16 @@ def test_same_codes_and_weights(name: str, ranks: Ranks) -> None:
         "all stages are frozen"
     )
     assert all(int(value.max()) > 0 for key, value in first.items() if key.endswith("codes"))
+
+
+def test_shared_layers_that_are_dropped_at_times(ranks: Ranks) -> None:
+    """A layer that no rank calls in an update, and weights that two of those called have."""
+    state = ranks.end("shared", 1)["model"]
+    stem = "encoder.sentence_encoder.layers"
+    for part in ("fc1.weight", "self_attn.q_proj.weight", "fc2.bias", "final_layer_norm.weight"):
+        first, second, third = (state[f"{stem}.{n}.{part}"] for n in range(3))
+        assert first.equal(second) and not first.equal(third), part
+    assert {key.split(".")[3] for key in state if key.endswith("fc1.codes")} == {"0", "2"}
 
 
 def test_each_rank_draws_its_own_masks(ranks: Ranks) -> None:

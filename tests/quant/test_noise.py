@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import DTYPES, blocks_by_hand, weights_and_block_sizes
 from torch import Tensor
 
+from fairseq_qn.noise import Noise
 from fairseq_qn.quant import noise
 from fairseq_qn.quant.noise import bernoulli, drop_blocks, replace_blocks, seed_of
-from fairseq_qn.recipe import Noise
 
 
 @pytest.mark.parametrize("p", [0, 1 / 65536, 0.001, 0.05, 0.3, 0.5, 0.9, 1])

@@ -5,18 +5,21 @@
 SEEDS: what seeds.py made of the quickstart; its dense model of each seed is where the cells of that seed
 start. post: frozen at once. qat, noise: `fairseq-qn train` from there, with a stage for all layers at once,
 taught by the dense model; p is 1, or 0.5 for integers and 0.1 for product codes. Learned bits have one
-noise, the published one. A finished cell, OUT/SCHEME-MODE-SEED.json, is not run again. Writes
-OUT/schemes.json and prints a table: mean and standard deviation over the seeds.
+noise, the published one. --last adds both with nothing trained after the freeze, as published: otherwise
+frozen integers train on, which is QAT whatever came before. A finished cell, OUT/SCHEME-MODE-SEED.json, is
+not run again. Writes OUT/schemes.json and prints a table: mean and standard deviation over the seeds.
 """
 
 import argparse
 import json
+import shlex
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from seeds import commit, frozen_file, machine, results, tool
+from seeds import TOOL, commit, frozen_file, machine, results, tool
 from untrained import integer, product
 
 FFN, TABLE, ATTENTION = r".*\.fc[12]", ".*embed_tokens", r".*self_attn\.(q|k|v|out)_proj"
@@ -30,41 +33,59 @@ def all_layers(**lines: Any) -> list[dict[str, Any]]:
 
 # name -> rules, p of the noise, weight of the size
 SCHEMES: dict[str, tuple[list[dict[str, Any]], float, float]] = {
-    "int4 tensor": ([integer(4, "tensor")], 0.5, 0),
-    "int3 tensor": ([integer(3, "tensor")], 0.5, 0),
-    "int2 tensor": ([integer(2, "tensor")], 0.5, 0),
+    "int8 channel": ([integer(8, "channel")], 0.5, 0),
     "int4 channel": ([integer(4, "channel")], 0.5, 0),
     "int4 channel, learned": (all_layers(scheme="integer", bits=4, ranges="learned"), 0.5, 0),
-    "int2 channel, least squares": (
-        all_layers(scheme="integer", bits=2, ranges="least_squares"), 0.5, 0
-    ),
+    "int4 tensor": ([integer(4, "tensor")], 0.5, 0),
+    "int2 tensor": ([integer(2, "tensor")], 0.5, 0),
     "ternary channel": (all_layers(scheme="integer", bits="ternary"), 0.5, 0),
+    "learned bits, lambda 10": (all_layers(scheme="learned_bits", group_size=16), 1, 10),
     "product 8, 8, 4": (
         [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}], 0.1, 0
     ),
-    "learned bits, lambda 1": (all_layers(scheme="learned_bits", group_size=16), 1, 1),
-    "learned bits, lambda 10": (all_layers(scheme="learned_bits", group_size=16), 1, 10),
-    "int8 channel": ([integer(8, "channel")], 0.5, 0),
 }  # fmt: skip
 MODES = ("post", "qat", "noise")
+LAST = ("qat last", "noise last")
+
+
+def last(work: Path, path: Path) -> dict[str, Any]:
+    """What `evaluate` says of a training of `fairseq-qn train` done again in another folder, with its stage
+    frozen when it ends.
+    """
+    script = (work / "train.sh").read_text().split("\n\n")
+    train, freeze = (shlex.split(next(p for p in script if p.startswith(f"# {step}")), comments=True)
+                     for step in ("noise", "the small file"))  # fmt: skip
+    updates = int(train[train.index("--max-update") + 1])
+    for option, value in (("--save-dir", "last"), ("--quant-stage-updates", str(updates - 1))):
+        train[train.index(option) + 1] = value
+    with (work / "last.log").open("w") as log:
+        subprocess.run(
+            [Path(TOOL).with_name(train[0]), *train[1:]], cwd=work, check=True, stdout=log, stderr=log
+        )
+    freeze[2], freeze[freeze.index("-o") + 1] = str(work / "last" / "checkpoint_last.pt"), str(path)
+    tool(*freeze[1:], "--json")
+    on = json.loads((work / "result.json").read_text())["small"]["on"]
+    return tool("evaluate", path, "--data", on, "--json")
 
 
 def cell(out: Path, start: Path, name: str, mode: str, seed: int, sets: list[str]) -> dict[str, Any]:
     """Bytes, accuracy and seconds of one scheme, one way of training and one seed."""
     stem = "".join(c if c.isalnum() else "-" for c in name)
-    kept = out / f"{stem}-{mode}-{seed}.json"
+    kept = out / f"{stem}-{mode.replace(' ', '-')}-{seed}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     rules, p, size_weight = SCHEMES[name]
-    noise = {"kind": "exact" if "product" in name else "proxy", "p": 1 if mode == "qat" else p}
-    recipe = out / f"{stem}-{mode}.yaml"
+    noise = {"kind": "exact" if "product" in name else "proxy", "p": 1 if "qat" in mode else p}
+    recipe = out / f"{stem}-{mode.split()[0]}.yaml"
     recipe.write_text(
         json.dumps({"version": 1, "noise": noise, "rules": rules, "keep": [".*embed_positions"]})
     )
     work, path = start / f"{seed}.work", kept.with_suffix(".qn.safetensors")
     dense = results(work)["dense"]
     began = time.monotonic()
-    if mode == "post":
+    if mode in LAST:
+        found = last(out / f"{stem}-{mode.split()[0]}-{seed}.work", path)
+    elif mode == "post":
         found = frozen_file(work, dense["file"], recipe, seed, path)
     else:
         words = [
@@ -97,20 +118,22 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--epochs", default="2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--last", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     args = parser.parse_args()
     sets = ["--train", args.train, "--valid", args.valid, "--epochs", args.epochs]
     args.out.mkdir(parents=True, exist_ok=True)
     dense = [results(args.start / f"{seed}.work")["dense"]["accuracy"] for seed in args.seeds]
+    modes = [*MODES, *(LAST if args.last else ())]
     lines = [
-        "| scheme | bytes | post | qat | noise | seconds of training |",
-        "| --- | ---: |" + " ---: |" * 4,
+        f"| scheme | bytes | {' | '.join(modes)} | seconds of training |",
+        "| --- | ---: |" + " ---: |" * (len(modes) + 1),
     ]
     cells = []
     for name in args.only:
         shown, seconds, sizes = [], [], [0]
-        for mode in MODES:
-            if mode == "qat" and SCHEMES[name][1] == 1:
+        for mode in modes:
+            if "qat" in mode and SCHEMES[name][1] == 1:
                 shown.append("")
                 continue
             rows = [cell(args.out, args.start, name, mode, seed, sets) for seed in args.seeds]

@@ -41,6 +41,7 @@ class Rule:
     where: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: bool = False  # may match nothing
     activations: Activations | None = None  # of the inputs of its layers
+    fold_batch_norm: bool = False  # convolutions are quantised as folded with the batch norm that follows
 
     def takes(self, names: list[str], module: object) -> bool:
         """Whether this rule takes a module known under `names` (its own and those of modules tied to it)."""
@@ -249,6 +250,11 @@ def _rule(data: Any, where: str) -> Rule:
         one_of(data["module"], MODULE_TYPES, f"{where}.module")
     mapping(data.get("where", {}), f"{where}.where")
     flag(data.get("optional", False), f"{where}.optional")
+    if (
+        flag(data.get("fold_batch_norm", False), f"{where}.fold_batch_norm")
+        and SCHEMES[name].shares_gradients
+    ):
+        raise RecipeError(f"{where}.fold_batch_norm: not of scheme {name}; take it out")
     return Rule(**lines)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
 
-from fairseq_qn.errors import UnsupportedError
+from fairseq_qn.errors import NoLayerMatched, UnsupportedError
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.activation_view import ActivationView, views_for
 from fairseq_qn.modules.clock import Clock, track, untrack
+from fairseq_qn.modules.folding import Fold
+from fairseq_qn.modules.graph import Graph
 from fairseq_qn.modules.install import StoredParameters, install, uninstall
 from fairseq_qn.modules.match import Coverage, Match, match
 from fairseq_qn.modules.view import FROZEN, WeightView, views_of
@@ -39,6 +42,7 @@ def install_all(model: nn.Module, recipe: Recipe, seed: int | None, strict: bool
                 made.append(views[i])
             for placed in views_for(m, views[i]):
                 inputs.append(placed)
+        _fold(model, matches, views, strict)
     except Exception:
         for view in (*made, *inputs):
             view.clear()
@@ -90,6 +94,22 @@ def uninstall_all(model: nn.Module) -> int:
     for module in model.modules():
         module.__dict__.pop("get_parameter", None)
     return len(views)
+
+
+def _fold(model: nn.Module, matches: list[Match], views: list[Any], strict: bool) -> None:
+    """Give views whose rule says so the batch norm that follows their layer, and reads no tied weight."""
+    asked = [(m, view) for m, view in zip(matches, views, strict=True) if m.rule.fold_batch_norm]
+    norms = Graph(model, "fold_batch_norm").convolutions() if asked else {}
+    for m, view in asked:
+        norm = norms.get(m.owner.module)
+        if len(m.owners) == 1 and norm is not None and norm.weight is not None:
+            view.fold = Fold(norm)
+    for rule in {id(m.rule): m.rule for m, _ in asked}.values() if strict else ():
+        if not any(view.fold for m, view in asked if m.rule is rule):
+            raise NoLayerMatched(
+                f"rule {rule.layers!r}: fold_batch_norm: none of its layers is a Conv2d that a batch norm "
+                "alone reads; take the line out"
+            )
 
 
 def _view_of(match: Match) -> WeightView | None:

@@ -157,7 +157,14 @@ def content_of(
         content["activations"] = entries
     skip = {*views, *buffers, *range_keys(model), *(other for _, *others in ties for other in others)}
     state = model.state_dict(keep_vars=True)
-    dense = {name: t for name, t in state.items() if name not in skip and not name.startswith(dropped)}
+    moved: dict[int, Tensor] = {}
+    for view in views.values():
+        moved |= {} if view.fold is None else view.fold.moved(view.home)
+    dense = {
+        name: moved.get(id(tensor), tensor)
+        for name, tensor in state.items()
+        if name not in skip and not name.startswith(dropped)
+    }
     return Content(
         content, views, dense, {manifest.ASSET + name: data for name, (_, data) in packed.items()}, coder
     )

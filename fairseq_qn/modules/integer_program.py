@@ -6,7 +6,8 @@
     layer    requantised to uint8 in its own range, and so on
     output   int32 -> fp32
 
-Ranges are those that the file has for the inputs of its layers. Whatever else a model does is refused.
+Ranges are those that the file has for the inputs of its layers. Whatever else a model does is refused; of a
+transformer, whose softmax, LayerNorm and GELU need fp32, the Linears alone are made so (integer_layer.py).
 """
 
 from __future__ import annotations
@@ -19,31 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fairseq_qn.errors import UnsupportedError
-from fairseq_qn.modules.packed import Packed
+from fairseq_qn.modules.graph import NORMS, SAME, Graph
+from fairseq_qn.modules.integer_layer import input_range, integer_linears, integers_of, levels_of
 from fairseq_qn.quant import integer_ops
-from fairseq_qn.quant.activations import affine
 from fairseq_qn.quant.fixed_point import HIGH, multiplier, requantize, rescale
-from fairseq_qn.schemes.activation import Static
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-SAME = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation
-
-
-def _flatten(start_dim: int = 0, end_dim: int = -1) -> nn.Module:
-    """With the defaults of torch.flatten."""
-    return nn.Flatten(start_dim, end_dim)
-
-
-# functions and methods, as the modules that do the same
-AS_MODULES: dict[Any, Callable[..., nn.Module]] = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.relu6: nn.ReLU6,
-    F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-    torch.flatten: _flatten, "flatten": _flatten,
-}  # fmt: skip
-SUMS = (operator.add, torch.add)  # fx records += as +
+SUMS = (operator.add, operator.iadd, torch.add)
 KNOWN = "Linear, Conv2d, batch norm after them, ReLU, ReLU6, sums, max and average pooling, flatten, dropout"
 
 
@@ -67,8 +51,7 @@ class IntegerProgram(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As of the model."""
-        levels = (x.detach().float() / self.scale).round_().nan_to_num_(nan=0.0) + self.zero
-        return self.integers(levels.clamp_(0, 255).to(torch.uint8)) * self.of_last
+        return self.integers(levels_of(x, self.scale, self.zero)) * self.of_last
 
     def integers(self, q: Tensor) -> Tensor:
         """uint8 -> int32, on integers alone."""
@@ -79,20 +62,19 @@ class IntegerProgram(nn.Module):
 
 
 @torch.no_grad()
-def integer_program(model: nn.Module) -> IntegerProgram:
-    """Of a packed model, in eval mode. Raises UnsupportedError for a module that is none of KNOWN, by its
-    name, and for a layer without symmetric integers or a static range of 8 bits.
+def integer_model(model: nn.Module) -> nn.Module:
+    """Of a packed model, in eval mode: a program, or, of a model with LayerNorm, itself with its Linears on
+    integers. Raises UnsupportedError for a module that is none of KNOWN, by its name, and for a layer
+    without symmetric integers or a static range of 8 bits.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever the model's own forward does with a stand-in for its input
-        raise UnsupportedError(f"mode integer: the model cannot be traced by torch.fx: {error}") from error
-    return _Lowering(dict(model.named_modules()), graph).program()
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        return integer_linears(model)
+    return _Lowering(Graph(model, "mode integer")).program()
 
 
 class _Lowering:
-    def __init__(self, modules: dict[str, nn.Module], graph: fx.Graph) -> None:
-        self.modules, self.nodes = modules, list(graph.nodes)
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.nodes = graph, graph.nodes
         self.steps: list[Step] = []
         # of each node: the name of its value, int32 of zero 0; that of the input, "", is uint8
         self.names: dict[fx.Node, str] = {}
@@ -116,8 +98,8 @@ class _Lowering:
         reached = {node}
         for other in self.nodes:
             if reached & {*other.all_input_nodes}:
-                if isinstance(self._module(other), (nn.Linear, nn.Conv2d)):
-                    self.scale, self.zero = self._range(str(other.target))
+                if isinstance(layer := self.graph.module(other), (nn.Linear, nn.Conv2d)):
+                    self.scale, self.zero = input_range(str(other.target), layer)
                     self.names[node], self.scales[""] = "", torch.tensor(self.scale, dtype=torch.float64)
                     return
                 reached.add(other)
@@ -132,16 +114,21 @@ class _Lowering:
         return IntegerProgram(self.steps, self.scale, self.zero, last, self.scales[last])
 
     def _lower(self, node: fx.Node) -> None:
-        module, source = self._module(node), node.args[0] if node.args else None
+        module, source = self.graph.module(node), node.args[0] if node.args else None
+        inplace = getattr(module, "inplace", False) and not isinstance(module, SAME)
+        if (inplace or node.target is operator.iadd) and self.graph.overwrites(node):
+            raise UnsupportedError(
+                f"mode integer: {node.name}: changes in place what others read; write it without"
+            )
         if node.target in SUMS and len(node.args) == 2 and not node.kwargs:
             return self._sum(node)
         if module is None or not isinstance(source, fx.Node):
             self._refuse(node)
-        if getattr(module, "inplace", False) and not isinstance(module, SAME):
-            self._refuse_overwriting(node)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             self._layer(node, source, module)
-        elif isinstance(module, SAME) or (isinstance(module, NORMS) and self._norm_after(source) is module):
+        elif isinstance(module, SAME) or (
+            isinstance(module, NORMS) and self.graph.norm_after(source) is module
+        ):
             self.names[node] = self.names[source]
         elif isinstance(module, nn.Flatten):
             even = self._even(source)
@@ -155,23 +142,8 @@ class _Lowering:
 
     def _layer(self, node: fx.Node, source: fx.Node, module: Any) -> None:
         """Requantised input; weight and bias, with a batch norm that follows."""
-        stored = module.qn_stored.signed() if isinstance(module, Packed) else None
-        if stored is None:
-            raise UnsupportedError(
-                f"mode integer: {node.target}: expected symmetric integers over a tensor or channels; "
-                "its rule has to say scheme: integer, symmetric: true"
-            )
-        scale, zero = self._range(str(node.target))
-        levels, sizes = stored
-        bias = levels.new_zeros(len(levels), dtype=torch.float64)
-        bias = bias if module.bias is None else module.bias.detach().double()
-        gain, offset = _gain(self._norm_after(node), len(levels))
-        sizes = (sizes.double() * scale).expand(len(levels))
-        weight, whole, sizes = integer_ops.fold(levels, sizes, bias * gain + offset, gain)
-        if not integer_ops.fits(weight, whole):
-            raise UnsupportedError(
-                f"mode integer: {node.target}: its sums may pass 32 bits; make it narrower"
-            )
+        norm = self.graph.norm_after(node)
+        scale, zero, weight, whole, sizes = integers_of(str(node.target), module, norm)
         q = self._uint8(node, source, scale, zero)
         if isinstance(module, nn.Linear):
             return self._step(node, (q,), _Linear(zero, weight, whole), sizes)
@@ -249,55 +221,14 @@ class _Lowering:
         self._step(own, (name,), partial(requantize, by=by, zero=zero), torch.tensor(scale).double())
         return own
 
-    # -- what the model says
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        """What a node does, as a module."""
-        if node.op == "call_module":
-            return self.modules[str(node.target)] if len(node.args) == 1 and not node.kwargs else None
-        if node.target not in AS_MODULES or any(isinstance(x, fx.Node) for x in node.args[1:]):
-            return None
-        try:
-            return AS_MODULES[node.target](*node.args[1:5], **node.kwargs) if len(node.args) < 5 else None
-        except TypeError:
-            return None
-
-    def _norm_after(self, node: fx.Node) -> nn.Module | None:
-        """The batch norm that alone reads a layer."""
-        if not isinstance(self._module(node), (nn.Linear, nn.Conv2d)) or len(node.users) != 1:
-            return None
-        found = self._module(next(iter(node.users)))
-        return found if isinstance(found, NORMS) and found.running_var is not None else None
-
-    def _range(self, name: str) -> tuple[float, int]:
-        """(scale, zero) of what a layer reads."""
-        static = self.modules[name].__dict__.get("_qn_activation")
-        if not isinstance(static, Static) or static.bits != 8:
-            raise UnsupportedError(
-                f"mode integer: {name}: expected a static range of 8 bits for its input; its rule needs "
-                "activations: {bits: 8, ranges: static}"
-            )
-        scale, zero = affine(torch.tensor(static.low), torch.tensor(static.high), 8)
-        return float(scale), int(zero)
-
     def _refuse(self, node: fx.Node) -> Any:
-        module = self._module(node) if node.op != "call_module" else self.modules[str(node.target)]
+        known = node.op != "call_module"
+        module = self.graph.module(node) if known else self.graph.modules[str(node.target)]
         named = (
             node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
         )
         what = f" ({type(module).__name__})" if module is not None else ""
         raise UnsupportedError(f"mode integer: {named}{what}: not supported; known are {KNOWN}")
-
-    def _refuse_overwriting(self, node: fx.Node) -> None:
-        """What is changed in place must be nobody else's."""
-        changed: Any = node.args[0]
-        while isinstance(changed, fx.Node):
-            if len(changed.users) > 1:
-                raise UnsupportedError(
-                    f"mode integer: {node.name}: changes in place what others read; write it without"
-                )
-            same = isinstance(self._module(changed), (*SAME, nn.Flatten))
-            changed = changed.args[0] if same else None
 
 
 @dataclass(frozen=True)
@@ -312,17 +243,6 @@ class _Linear:
                 f"mode integer: a Linear reads [batch, features], found {q.dim()} dimensions"
             )
         return integer_ops.linear(q, self.zero, self.weight, self.bias)
-
-
-def _gain(norm: Any, n: int) -> tuple[Tensor, Tensor]:
-    """(gain, offset) float64 [n]: x -> gain x + offset; of no norm, 1 and 0."""
-    gain, offset = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    if norm is None:
-        return gain, offset
-    gain = gain / (norm.running_var.double() + norm.eps).sqrt()
-    gain = gain if norm.weight is None else gain * norm.weight.detach().double()
-    offset = offset if norm.bias is None else norm.bias.detach().double()
-    return gain, offset - norm.running_mean.double() * gain
 
 
 def _pair(n: int | Sequence[int]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from fairseq_qn.errors import FormatError, UnsupportedError, short
 from fairseq_qn.modules import activations
 from fairseq_qn.modules.dropped import Dropped
 from fairseq_qn.modules.fits import check_fits
-from fairseq_qn.modules.integer_program import integer_program
+from fairseq_qn.modules.integer_program import integer_model
 from fairseq_qn.modules.kinds import check_kinds
 from fairseq_qn.modules.packed import pack, tie
 from fairseq_qn.quant.half import widened
@@ -108,7 +108,7 @@ class File:
             _assign(model, name, tensor)
         _fill(model, layers, content, packed=mode != "dense")
         activations.restore(model, content.get("activations", {}))
-        return integer_program(model.eval()) if mode == "integer" else model.eval()
+        return integer_model(model.eval()) if mode == "integer" else model.eval()
 
     @contextmanager
     def named(self) -> Iterator[None]:

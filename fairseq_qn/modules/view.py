@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from fairseq_qn.errors import UnsupportedError, ViewError
 from fairseq_qn.modules import digest
 from fairseq_qn.modules.clock import Clock, Time
+from fairseq_qn.modules.folding import Fold
 from fairseq_qn.noise import Noise
 from fairseq_qn.quant.noise import seed_of
 from fairseq_qn.quant.reading import read
@@ -57,6 +58,7 @@ class WeightView:
         # state-dict keys of the Parameter on `home`: several where that goes by several names
         self.keys = (name,)
         self.padding_idx = getattr(home, "padding_idx", None) if isinstance(home, nn.Embedding) else None
+        self.fold: Fold | None = None  # the batch norm that its scheme sees the weight folded with
         self.readers = 0  # modules that read through this view
         self._cache: dict[str, tuple[Tensor, int, Any]] = {}
         self.stored: ref[nn.Parameter] | None = None  # the Parameter that was read last
@@ -103,11 +105,18 @@ class WeightView:
     @property
     def matrix(self) -> Tensor:
         """The weight as its scheme sees it, detached: [out, in, ...]."""
-        return self.turned(self.weight.detach())
+        weight = self.weight.detach()
+        return self.turned(weight) if self.fold is None else self.fold.into(weight).detach()
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From the weight's layout to its scheme's, or back."""
         return tensor.t().contiguous() if self.transposed else tensor
+
+    def through(self, weight: Tensor, phi: Callable[[Tensor], Tensor]) -> Tensor:
+        """phi of the weight as its scheme sees it, as the network reads it."""
+        if self.fold is not None:
+            return self.fold.through(weight, phi)
+        return self.turned(phi(self.turned(weight)))
 
     def buffer(self, name: str) -> Tensor:
         """One of its buffers: `phase`, `digest`, or one of its scheme's, meaningful when CODED or FROZEN."""
@@ -170,7 +179,7 @@ class WeightView:
     def _value(self, weight: Tensor, training: bool) -> Tensor:
         if self.phase == FROZEN or (self.scheme.rounds_in_evaluation and not training):
             _refuse_tracing(self.name)
-            return self.turned(self.scheme.frozen(self.turned(weight), self))
+            return self.through(weight, lambda w: self.scheme.frozen(w, self))
         if not training or self.noise.kind == "none":
             return weight
         _refuse_tracing(self.name)
@@ -188,7 +197,7 @@ class WeightView:
             )
         seed = seed_of(self.clock.seed, *at, self.clock.rank, self.name)
         draw = Draw(self.noise.kind, p, seed)
-        value = self.turned(self.scheme.noised(self.turned(weight), self, draw))
+        value = self.through(weight, lambda w: self.scheme.noised(w, self, draw))
         return read(value, lambda noised: noised, self._untimed) if self._is_stale(weight, at) else value
 
     def _is_stale(self, weight: Tensor, at: Time) -> bool:
@@ -224,13 +233,15 @@ class WeightView:
 
     def quantized(self) -> Tensor:
         """phi(weight) of the scheme: exact, without noise or gradient, by what was learned."""
-        return self.turned(self.scheme.quantized(self.matrix, self))
+        with torch.no_grad():
+            return self.through(self.weight.detach(), lambda w: self.scheme.quantized(w, self))
 
     @property
     def label(self) -> str:
         """Scheme and phase, in a few letters."""
         entry = self.scheme.entry(self.matrix, self, torch.float32, learned=False)
-        return f"{self.scheme.label(entry)}, {PHASES[self.phase]}"
+        folded = "" if self.fold is None else ", folded"
+        return f"{self.scheme.label(entry)}{folded}, {PHASES[self.phase]}"
 
     @property
     def needs_learning(self) -> bool:

@@ -13,6 +13,7 @@ import fairseq_qn
 from fairseq_qn import hub
 from fairseq_qn.cli import main
 from fairseq_qn.modules.activations import placed
+from fairseq_qn.modules.integer_layer import IntegerLinear
 from fairseq_qn.modules.packed import Packed
 
 LAYERS = {"ffn": r".*\.fc[12]|classification_heads.*", "emb": ".*embed_tokens", "attn": r".*attn\.\w+_proj"}
@@ -21,9 +22,10 @@ ENCODER = "encoder.sentence_encoder.layers.0"
 
 def recipe(activations: Any, p: float = 0.5) -> dict[str, Any]:
     rules = [
-        {"layers": LAYERS[stage], "scheme": "integer", "bits": 8, "stage": stage, "activations": activations}
+        {"layers": LAYERS[stage], "scheme": "integer", "bits": 8, "stage": stage, "activations": activations,
+         "symmetric": True}
         for stage in STAGES
-    ]
+    ]  # fmt: skip
     return {
         "version": 1, "noise": {"kind": "proxy", "p": p}, "stages": [*STAGES],
         "rules": [{**rule, "optional": True} for rule in rules],
@@ -73,6 +75,25 @@ def test_the_file_answers_as_the_trained_model(
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
     torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
     assert len(seen) == 1 and len(seen[0].unique()) <= 256, "fairseq's attention calls its projections"
+
+
+def test_linears_on_integers(static: tuple[Run, list[Any]], tmp_path: Path) -> None:
+    """All that the recipe quantises; the answers of the packed model but for rounding."""
+    run, _ = static
+    path = tmp_path / "m.qn.safetensors"
+    model, _, _ = hub.load_checkpoint(run.folder / "checkpoint_last.pt")
+    fairseq_qn.save(model, path, parts="float32")
+    tokens = torch.tensor([[0, 5, 6, 7, 2], [0, 9, 2, 1, 1]])
+    for mode in ("packed", "integer"):
+        found = hub.load_interface(path, mode)
+        answers = found.predict("sentence_classification_head", tokens, return_logits=True).detach()
+        plain = found.model(tokens)[0].detach()
+        if mode == "packed":
+            expected, features = answers, plain
+    assert sum(isinstance(module, IntegerLinear) for module in found.model.modules()) == 14
+    assert not any(isinstance(m, Packed) and isinstance(m, torch.nn.Linear) for m in found.model.modules())
+    torch.testing.assert_close(answers, expected, rtol=0, atol=0.02)  # of about 1
+    torch.testing.assert_close(plain, features, rtol=0, atol=float(0.02 * features.abs().max()))
 
 
 def test_other_recipes_go_on_from_its_checkpoint(static: tuple[Run, list[Any]], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from integers import IntegersAlone, loaded, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fairseq_qn
 from fairseq_qn.errors import UnsupportedError
-
-RULE = {
-    "layers": ".*", "scheme": "integer", "bits": 8, "symmetric": True,
-    "activations": {"bits": 8, "ranges": "static", "momentum": 0.5},
-}  # fmt: skip
-
-
-class IntegersAlone(TorchDispatchMode):
-    """Raises where an operation reads, writes or is told a number that is no integer."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, result)):
-            real = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-            assert not real and not isinstance(value, float), f"{func}: {value}"
-        return result
 
 
 class Residual(nn.Module):
@@ -61,28 +45,6 @@ def small() -> nn.Module:
         nn.Conv2d(12, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU6(), nn.AvgPool2d(2),
         nn.Flatten(), nn.Linear(96, 10),
     )  # fmt: skip
-
-
-def trained(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, steps: int = 20, batch: int = 200, **rule: Any
-) -> nn.Module:
-    """A model that has seen its inputs, in eval mode: floats, until it is frozen."""
-    fairseq_qn.apply(model, {"version": 1, "rules": [{**RULE, **rule}]})
-    optimizer = torch.optim.Adam(model.train().parameters(), 1e-2)
-    for step in range(steps):
-        some = torch.arange(step * batch, step * batch + min(batch, len(x))) % len(x)
-        answers = model(x[some])
-        loss = answers.square().mean() if y is None else F.cross_entropy(answers, y[some])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def loaded(model: nn.Module, path: Path, fresh: nn.Module, mode: str = "integer") -> nn.Module:
-    fairseq_qn.freeze(model)
-    fairseq_qn.save(model, path, parts="float32")
-    return fairseq_qn.load(path, mode, fresh)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -140,6 +102,8 @@ X = torch.linspace(-1, 1, 24).view(6, 4)
         (lambda x: x + 1, "add: not supported"),
         (lambda x: x * x, "mul: not supported"),
         (lambda x: x + F.relu(x, inplace=True), "relu: changes in place what others read"),
+        (lambda x: x + operator.iadd(x, F.relu(x)), "iadd: changes in place what others read"),
+        (lambda x: operator.isub(x, F.relu(x)), "sub: not supported"),
         (lambda x: x if x.sum() > 0 else -x, "the model cannot be traced by torch.fx: "),
     ],
 )

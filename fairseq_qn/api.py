@@ -234,9 +234,9 @@ def load(path: str | Path, mode: str = "dense", model: nn.Module | None = None, 
     dense beside them trains (biases, norms, heads), and model.train() warns of it. Gradients of inputs are
     those of the dense model. "integer" computes with integers alone between input and output
     (modules/integer_program.py): for networks of Linear, Conv2d, batch norm, ReLU, sums and pooling whose
-    layers have symmetric integer weights and static 8-bit activations. Of a model with LayerNorm, as a
-    transformer is, each quantised Linear computes so, and fp32 what lies between them: softmax, LayerNorm,
-    GELU, attention's products, tables (modules/integer_layer.py). It does not train.
+    layers have static 8-bit activations, and weights of symmetric integers or of int8 codebooks. Of a model
+    with LayerNorm, as a transformer is, each quantised Linear computes so, and fp32 what lies between them:
+    softmax, LayerNorm, GELU, attention's products, tables (modules/integer_layer.py). It does not train.
     model: a fresh dense instance, for any module that fairseq_qn cannot rebuild from the file alone; it is
     filled in place. Its tensors, ties, classes and options such as eps have to be those that were saved;
     weights tied in the file are tied in it.

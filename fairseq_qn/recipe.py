@@ -83,8 +83,8 @@ class Recipe:
 
         >>> rule = {"layers": ".*fc[12]", "scheme": "product", "block_size": 4, "stage": "ffn"}
         >>> recipe = Recipe.load({"version": 1, "noise": {"kind": "proxy", "p": 0.1}, "rules": [rule]})
-        >>> recipe.rules[0].scheme, recipe.noise.at(0), recipe.stages
-        (Product(block_size=4, n_centroids=256), 0.1, (Stage(name='ffn', update=None, epoch=None),))
+        >>> recipe.rules[0].scheme.block_size, recipe.noise.at(0), recipe.stages
+        (4, 0.1, (Stage(name='ffn', update=None, epoch=None),))
         >>> Recipe.load({"version": 1, "rules": [{**rule, "bits": 4}]})
         Traceback (most recent call last):
         fairseq_qn.errors.RecipeError: recipe: rules[0]: bits: not of scheme product; take it out, or ...

@@ -31,10 +31,11 @@ class IntegersAlone(TorchDispatchMode):
 
 
 def trained(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, steps: int = 20, batch: int = 200, **rule: Any
-) -> nn.Module:
+    model: nn.Module, x: Tensor, y: Tensor | None = None, steps: int = 20, batch: int = 200,
+    rules: list[Any] | None = None, **rule: Any,
+) -> nn.Module:  # fmt: skip
     """A model that has seen its inputs, in eval mode: floats, until it is frozen."""
-    fairseq_qn.apply(model, {"version": 1, "rules": [{**RULE, **rule}]})
+    fairseq_qn.apply(model, {"version": 1, "rules": rules or [{**RULE, **rule}]})
     optimizer = torch.optim.Adam(model.train().parameters(), 1e-2)
     for step in range(steps):
         some = torch.arange(step * batch, step * batch + min(batch, len(x))) % len(x)

@@ -127,7 +127,7 @@ def noisy(*names: str, p: float = 0.5, noise: str = "proxy", seed: int = 0, **ne
 MODES = ["dense", "packed"]  # of load
 SCHEMES = {
     "k2": {"k": 2}, "k3": {"k": 3}, "k5": {"k": 5}, "k16": {"k": 16}, "k200": {"k": 200, "block_size": 1},
-    "k257": {"k": 257, "block_size": 1}, "clipped": {"k": 65_536},
+    "k257": {"k": 257, "block_size": 1}, "clipped": {"k": 65_536}, "int8 codebook": {"codebook_bits": 8},
     **{f"int{bits}": {"scheme": "integer", "bits": bits} for bits in range(2, 9)},
     "tensor": {"scheme": "integer", "bits": 4, "granularity": "tensor"},
     "group": {"scheme": "integer", "bits": 4, "granularity": "group", "group_size": 3},

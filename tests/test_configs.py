@@ -27,6 +27,8 @@ TABLE = {
     ("roberta", "qn_roberta_prenorm", ()): (73, 0.991),
     ("roberta", "qn_roberta_large", ()): (145, 0.995),
     ("roberta", "qn_xlm", ()): (97, 0.993),
+    ("roberta-int8", "qn_roberta_base", ()): (73, 0.991),
+    ("roberta-int8", "qn_roberta_large", ()): (145, 0.995),
     ("transformer_lm", "qn_transformer_lm_gpt", ("share_decoder_input_output_embed",)): (73, 0.999),
     ("transformer_lm", "qn_transformer_lm_big", ("share_decoder_input_output_embed",)): (73, 0.999),
     ("transformer", "qn_transformer", ("share_all_embeddings",)): (97, 0.999),

@@ -104,7 +104,7 @@ def version_of(content: Mapping[str, Any]) -> int:
     """The oldest version whose readers understand this manifest: a reader of version 2 would pass over what
     3 added.
     """
-    new = {"streams", "transposed", "symmetric", "min_bits"}
+    new = {"streams", "transposed", "symmetric", "min_bits", "scale"}
     added = "activations" in content or any(new & entry.keys() for entry in content["layers"].values())
     return VERSION if added else 2
 

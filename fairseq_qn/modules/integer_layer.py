@@ -58,7 +58,7 @@ def integers_of(name: str, module: Any, norm: Any = None) -> Integers:
     if stored is None:
         raise UnsupportedError(
             f"mode integer: {name}: expected symmetric integers over a tensor or channels; its rule has to "
-            "say scheme: integer, symmetric: true"
+            "say scheme: integer, symmetric: true, or scheme: product, codebook_bits: 8"
         )
     scale, zero = input_range(name, module)
     levels, sizes = stored
@@ -101,8 +101,8 @@ class IntegerLinear(nn.Module):
 def integer_linears(model: nn.Module) -> nn.Module:
     """A packed model, in place, with an IntegerLinear for each Linear that is quantised.
 
-    Raises UnsupportedError where one has no symmetric integers or no static range of 8 bits, by its name,
-    and where there is none.
+    Raises UnsupportedError where one has no symmetric integers, int8 codebook or static range of 8 bits, by
+    its name, and where there is none.
     """
     found = {
         name: IntegerLinear(name, module)

@@ -65,7 +65,7 @@ class IntegerProgram(nn.Module):
 def integer_model(model: nn.Module) -> nn.Module:
     """Of a packed model, in eval mode: a program, or, of a model with LayerNorm, itself with its Linears on
     integers. Raises UnsupportedError for a module that is none of KNOWN, by its name, and for a layer
-    without symmetric integers or a static range of 8 bits.
+    without symmetric integers, an int8 codebook or a static range of 8 bits.
     """
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         return integer_linears(model)

@@ -24,6 +24,8 @@ from untrained import integer, product
 
 FFN, TABLE, ATTENTION = r".*\.fc[12]", ".*embed_tokens", r".*self_attn\.(q|k|v|out)_proj"
 HEAD = {"layers": r"classification_heads\..*", "optional": True}
+PRODUCT = [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}]
+INT8 = {"codebook_bits": 8, "activations": 8}  # of codebooks and inputs
 
 
 def all_layers(**lines: Any) -> list[dict[str, Any]]:
@@ -40,9 +42,8 @@ SCHEMES: dict[str, tuple[list[dict[str, Any]], float, float]] = {
     "int2 tensor": ([integer(2, "tensor")], 0.5, 0),
     "ternary channel": (all_layers(scheme="integer", bits="ternary"), 0.5, 0),
     "learned bits, lambda 10": (all_layers(scheme="learned_bits", group_size=16), 1, 10),
-    "product 8, 8, 4": (
-        [product(FFN, 8), product(TABLE, 8), product(ATTENTION, 4), {**product("", 4), **HEAD}], 0.1, 0
-    ),
+    "product 8, 8, 4": (PRODUCT, 0.1, 0),
+    "product 8, 8, 4, int8": ([{**rule, **INT8} for rule in PRODUCT], 0.1, 0),
 }  # fmt: skip
 MODES = ("post", "qat", "noise")
 LAST = ("qat last", "noise last")

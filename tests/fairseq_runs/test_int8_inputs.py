@@ -1,4 +1,4 @@
-"""Weights and inputs in int8, by fairseq's own loop, up to the answers of the file."""
+"""Weights, or codebooks, and inputs in int8, by fairseq's own loop, up to the answers of the file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ LAYERS = {"ffn": r".*\.fc[12]|classification_heads.*", "emb": ".*embed_tokens", 
 ENCODER = "encoder.sentence_encoder.layers.0"
 
 
-def recipe(activations: Any, p: float = 0.5) -> dict[str, Any]:
+SCHEMES = {
+    "integer": {"scheme": "integer", "bits": 8, "symmetric": True},
+    "product": {"scheme": "product", "block_size": 4, "n_centroids": 32, "codebook_bits": 8},
+}
+
+
+def recipe(activations: Any, p: float = 0.5, scheme: str = "integer") -> dict[str, Any]:
     rules = [
-        {"layers": LAYERS[stage], "scheme": "integer", "bits": 8, "stage": stage, "activations": activations,
-         "symmetric": True}
+        {"layers": LAYERS[stage], **SCHEMES[scheme], "stage": stage, "activations": activations}
         for stage in STAGES
-    ]  # fmt: skip
+    ]
     return {
         "version": 1, "noise": {"kind": "proxy", "p": p}, "stages": [*STAGES],
         "rules": [{**rule, "optional": True} for rule in rules],
@@ -33,14 +38,16 @@ def recipe(activations: Any, p: float = 0.5) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def static(data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Any]]:
+def static(request, data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Any]]:
     folder = tmp_path_factory.mktemp("static")
     lines = {"ranges": "static", "start": 2, "momentum": 0.9}
-    options = {"--quant-recipe": write_recipe(folder / "r.yaml", recipe(lines)), "--max-update": 8}
+    content = recipe(lines, scheme=getattr(request, "param", "integer"))
+    options = {"--quant-recipe": write_recipe(folder / "r.yaml", content), "--max-update": 8}
     words = [str(data.classes), CLASSES, options, {"--quant-stage-updates": "3,4,6"}]
     return train(folder / "run", words, EACH), words
 
 
+@pytest.mark.parametrize("static", SCHEMES, indirect=True)
 def test_a_resumed_run_ends_the_same_to_the_bit(static: tuple[Run, list[Any]], tmp_path: Path) -> None:
     run, words = static
     state = run.state()["model"]
@@ -52,6 +59,7 @@ def test_a_resumed_run_ends_the_same_to_the_bit(static: tuple[Run, list[Any]], t
         assert differing(run.state()["last_optimizer_state"], resumed.state()["last_optimizer_state"]) == []
 
 
+@pytest.mark.parametrize("static", SCHEMES, indirect=True)
 @pytest.mark.parametrize("mode", ["dense", "packed"])
 def test_the_file_answers_as_the_trained_model(
     static: tuple[Run, list[Any]], mode: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def codebook(view: WeightView) -> dict[int, Tensor]:
         c: b for c, b in zip(view.buffer("codes").flatten().tolist(), blocks) if b[0][0] != view.padding_idx
     }
     return {code: torch.stack([seen[index] for index in block]) for code, block in sorted(rows.items())}
+
+
+def test_the_report_of_an_int8_codebook_has_its_rounding_in_it() -> None:
+    model = applied(codebook_bits=8, k=65_536)  # every block its own codeword
+    for report in fairseq_qn.freeze(model):
+        view = next(v for v in views_of(model) if v.name == report.name)
+        lost = (view.weight.detach() - view.home.weight.detach()).pow(2).sum() / view.weight.detach().pow(
+            2
+        ).sum()
+        assert report.error == pytest.approx(float(lost), rel=1e-4) and report.error > 0
 
 
 def test_every_reader_sees_cluster_means_and_the_pad_row_as_it_is() -> None:
@@ -109,6 +120,51 @@ def test_the_gradient_of_a_codeword_is_the_mean_of_its_blocks_gradients_and_sgd_
     learned = model.embed.get_parameter("weight").grad[PAD]
     assert learned.any()
     torch.testing.assert_close(learned, twin.embed.weight.grad[PAD])
+
+
+def seen_codebooks(model: Net) -> dict[str, Tensor]:
+    return {view.name: torch.stack([*codebook(view).values()]) for view in views_of(model)}
+
+
+def test_an_int8_codebook_trains_straight_through_its_rounding() -> None:
+    """The gradient is that of the means, and steps too small to be seen at once add up."""
+    models = applied(), applied(codebook_bits=8)
+    for model in models:
+        fairseq_qn.freeze(model)
+    plain, int8 = map(seen_codebooks, models)
+    first = seen_codebooks(models[1])
+    for view in views_of(models[1]):
+        step = plain[view.name].abs().max() / 127
+        levels = int8[view.name] / step
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+        assert 0 < (int8[view.name] - plain[view.name]).abs().max() <= 0.5001 * step
+        grad = torch.randn(view.weight.shape, generator=torch.Generator().manual_seed(0))
+        other = next(v for v in views_of(models[0]) if v.name == view.name)
+        for v in (view, other):
+            v.weight.grad = None
+            (v.home.weight * grad).sum().backward()
+        assert view.weight.grad.any() and torch.equal(view.weight.grad, other.weight.grad)
+    optimizer = torch.optim.SGD(models[1].parameters(), lr=1e-3)
+    view = next(v for v in views_of(models[1]) if v.name == "block.fc1.weight")
+    level = first[view.name].abs().max() / 127
+    for _ in range(60):
+        optimizer.zero_grad()
+        (view.home.weight * torch.sign(first[view.name][0, 0])).sum().backward()
+        view.weight.grad.mul_(20 * level)  # 0.02 of a step
+        optimizer.step()
+    assert not torch.equal(seen_codebooks(models[1])[view.name], first[view.name])
+
+
+def test_codes_learned_for_one_codebook_serve_another(tmp_path: Path) -> None:
+    """iPQ first, int8 codebooks after: a checkpoint goes on with either."""
+    plain, int8 = applied(), applied(codebook_bits=8)
+    fairseq_qn.freeze(plain)
+    int8.load_state_dict(plain.state_dict())
+    assert all(view.phase == FROZEN for view in views_of(int8))
+    twin = applied(codebook_bits=8)
+    fairseq_qn.freeze(twin)
+    for name, seen in seen_codebooks(int8).items():
+        assert torch.equal(seen, seen_codebooks(twin)[name])
 
 
 def test_other_parameters_get_their_ordinary_gradient() -> None:

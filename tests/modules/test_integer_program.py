@@ -47,14 +47,27 @@ def small() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_integers_alone_between_input_and_output(granularity: str, tmp_path: Path) -> None:
+CODEBOOK = {
+    "scheme": "product", "codebook_bits": 8, "n_centroids": 16, "activations": RULE["activations"],
+}  # fmt: skip
+RULES = {
+    "tensor": [{**RULE, "granularity": "tensor"}],
+    "channel": [{**RULE, "granularity": "channel"}],
+    "int8 codebooks": [
+        {**CODEBOOK, "layers": "stem|conv|down", "block_size": 9},
+        {**CODEBOOK, "layers": "fc|out", "block_size": 4},
+    ],
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_integers_alone_between_input_and_output(rules: str, tmp_path: Path) -> None:
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = Residual()
     with torch.no_grad():  # gains of batch norms: below 0, nothing, nearly nothing
         model.norm.weight[:3] = torch.tensor([-0.7, 0.0, 1e-20])
         model.norm.bias.copy_(torch.linspace(-1, 7, 8))
-    trained(model, x, steps=3, granularity=granularity)
+    trained(model, x, steps=3, rules=RULES[rules])
     program = loaded(model, tmp_path / "m", Residual(1))
     expected = model(x)
     assert (program(x) - expected).abs().max() < 0.05 * expected.abs().max()
@@ -127,6 +140,10 @@ def test_what_is_not_known_is_refused_by_name(between: Any, found: str, tmp_path
         ),
         ({"activations": {"bits": 7, "ranges": "static"}}, "a: expected a static range of 8 bits"),
         ({"layers": "a"}, "b: expected symmetric integers"),
+        (
+            {"rules": [{**CODEBOOK, "layers": "a|b", "block_size": 2, "codebook_bits": 16}]},
+            "a: expected symm",
+        ),
     ],
 )
 def test_layers_of_other_rules_are_refused_by_name(rule: dict[str, Any], found: str, tmp_path: Path) -> None:

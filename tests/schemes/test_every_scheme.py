@@ -31,6 +31,7 @@ from fairseq_qn.schemes.base import Scheme
 NAMES = ["product", "integer", "learned_bits", "toy"]  # checked to be all of them
 LINES: dict[str, dict[str, Any]] = {
     "product": {"block_size": 2, "n_centroids": 5}, "integer": {"bits": 4}, "toy": {},
+    "int8 codebook": {"scheme": "product", "block_size": 2, "n_centroids": 5, "codebook_bits": 8},
     "signs": {"scheme": "integer", "bits": 1}, "ternary": {"scheme": "integer", "bits": "ternary"},
     "symmetric": {"scheme": "integer", "bits": 8, "symmetric": True, "granularity": "tensor"},
     "percentile": {"scheme": "integer", "bits": 4, "ranges": "percentile", "granularity": "tensor"},
@@ -47,7 +48,7 @@ def recipe(name: str, kind: str = "none", p: float = 0.0) -> dict[str, Any]:
     """All layers of the net by one scheme, in two stages."""
     rules = []
     for layer in LAYERS:
-        own = LINES[name] | ({"block_size": LAYERS[layer]} if name == "product" else {})
+        own = LINES[name] | ({"block_size": LAYERS[layer]} if "block_size" in LINES[name] else {})
         stage = STAGES.get(layer, "rest")
         rules.append({"layers": layer.replace(".", r"\."), "scheme": name, "stage": stage} | own)
     noise = {"kind": kind, "p": p} if kind != "none" else {"kind": kind}
@@ -280,7 +281,7 @@ def test_a_forged_entry_is_a_sentence_not_a_crash(name: str, data: st.DataObject
 
 def entries_are_new(entries: Iterable[dict[str, Any]]) -> bool:
     """Whether a reader of version 2 would not understand them."""
-    return any({"symmetric", "min_bits"} & entry.keys() for entry in entries)
+    return any({"symmetric", "min_bits", "scale"} & entry.keys() for entry in entries)
 
 
 class Zip:

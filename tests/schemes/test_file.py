@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import ceil, prod
+from math import ceil, isfinite, prod
 from typing import Any
 
 import pytest
@@ -83,6 +83,37 @@ def test_product_round_trip(case: tuple[Tensor, int], k: int, dtype: torch.dtype
 
 
 @given(
+    weights_and_block_sizes(),
+    st.sampled_from([1, 3, 257]),
+    st.sampled_from([1.0, 2.0**-140, 2.0**90]),
+    st.sampled_from([getattr(torch, name) for name in FLOATS]),
+    st.booleans(),
+)
+def test_int8_codebooks_are_read_as_they_are_stored(
+    case: tuple[Tensor, int], k: int, factor: float, dtype: torch.dtype, padded: bool
+) -> None:
+    """To the bit, in floating-point parts of any dtype; the pad row, which has none, is zero."""
+    w, d = case[0].float() * factor, case[1]
+    scheme, pad = Product(d, k, 8), 0 if padded else None
+    if padded:
+        w[0] = 0
+    k = product.n_codewords(w.shape, d, k, pad)
+    codes = torch.arange(w.numel() // d).remainder(k).reshape(len(w), -1).to(product.codes_dtype(k))
+    site = Place(tuple(w.shape), {"codes": codes}, pad)
+    entry, parts = checked(scheme, w, site, dtype)
+    assert "exponent" not in entry and scheme.finite(w, site)
+    found, read = scheme.decode(entry, parts), scheme.quantized(w, site)
+    assert torch.equal(found.dense(), read)
+    assert torch.equal(scheme.frozen(w, site), read)
+    book, scale = scheme.codebook(w, site), entry["scale"]
+    tiny = 127 * torch.finfo(torch.float32).tiny  # below, an end lies farther out than the largest
+    assert int(parts["codebook"].int().abs().max()) == 127 or float(book.abs().max()) < tiny
+    torch.testing.assert_close(found.codebook, book, rtol=1e-6, atol=scale / 2 * (1 + 1e-5))
+    levels, sizes = found.signed() or (torch.zeros(0), torch.zeros(0))
+    assert torch.equal(levels.float() * sizes, read) and levels.dtype == torch.int8
+
+
+@given(
     weights(st.tuples(st.integers(1, 6), st.integers(1, 5).map(lambda n: 3 * n))),
     st.integers(2, 8),
     st.sampled_from(["tensor", "channel", "group"]),
@@ -136,6 +167,52 @@ def test_every_width_and_range_round_trips_exactly(
     assert torch.equal(found.dense(), scheme.quantized(w, site)) and found.levels.dtype == torch.uint8
     levels = {1: 2, "ternary": 3, 8: 255}.get(bits, 2 ** int(bits) if bits != "ternary" else 3)
     assert len(found.levels.unique()) <= (levels if scheme.symmetric or bits != 8 else 256)
+
+
+def int8_codebook() -> tuple[Product, Tensor, Place]:
+    site = Place((2, 4), {"codes": torch.tensor([[0, 1], [0, 0]], dtype=torch.uint8)})
+    return Product(2, 2, 8), torch.tensor([[1.0, -2, 0.25, 0.5], [1, -2, 1, -2]]), site
+
+
+def test_the_int8_codebook_of_a_file() -> None:
+    """One byte a number, in a file of version 3."""
+    scheme, w, site = int8_codebook()
+    entry, parts = checked(scheme, w, site, torch.float16)
+    assert parts["codebook"].tolist() == [[64, -127], [16, 32]]
+    assert entry["scale"] == float(torch.tensor(2.0) / 127)
+    assert version_of({"layers": {"w": entry}}) == 3
+    plain = Product(2, 2).entry(w, site, torch.float16, True)
+    assert version_of({"layers": {"w": plain}}) == 2 and "scale" not in plain
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), 1, "1", None, True])
+def test_scales_that_are_none(scale: Any) -> None:
+    scheme, w, site = int8_codebook()
+    entry = scheme.entry(w, site, torch.float16, True)
+    assert scheme.check_entry(entry) is None
+    assert scheme.check_entry(entry | {"scale": scale}) == "a field is missing or out of range"
+
+
+def test_int8_codebooks_beyond_their_range_are_refused() -> None:
+    scheme, w, site = int8_codebook()
+    entry, parts = scheme.encode(w, site, torch.float16)
+    for scale in (1e37, 1e300):
+        with pytest.raises(FormatError, match="^expected finite weights, found NaN or Inf"):
+            scheme.decode(entry | {"scale": scale}, parts)
+    parts["codebook"][0, 1] = -128
+    with pytest.raises(FormatError, match="^expected a codebook of -127 to 127, found -128;"):
+        scheme.decode(entry, parts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4028234663852886e38])
+def test_what_int8_codebooks_cannot_hold_is_seen_before_it_is_written(value: float) -> None:
+    """The largest fp32 number times 127 / 127 overflows."""
+    scheme, w, site = int8_codebook()
+    w[0, 2:] = value
+    overflows = not bool(torch.isfinite(product.scale_of(w) * 127).all())
+    assert scheme.finite(w, site) is not overflows and (overflows or value > 1e38)
+    assert bool(torch.isfinite(scheme.quantized(w, site)).all()) is not overflows
+    assert isfinite(scheme.entry(w, site, torch.float16, True)["scale"])
 
 
 def test_old_entries_stay_and_new_ones_say_so() -> None:

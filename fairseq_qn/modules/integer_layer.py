@@ -85,7 +85,7 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        q = levels_of(x, self.scale, self.zero).view(-1, self.in_features)
+        q = levels_of(x, self.scale, self.zero).reshape(-1, self.in_features)
         return (self.integers(q).to(x.dtype) * self.step).view(*x.shape[:-1], self.out_features)
 
     def integers(self, q: Tensor) -> Tensor:

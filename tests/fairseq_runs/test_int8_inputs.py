@@ -85,6 +85,7 @@ def test_the_file_answers_as_the_trained_model(
     assert len(seen) == 1 and len(seen[0].unique()) <= 256, "fairseq's attention calls its projections"
 
 
+@pytest.mark.parametrize("static", SCHEMES, indirect=True)
 def test_linears_on_integers(static: tuple[Run, list[Any]], tmp_path: Path) -> None:
     """All that the recipe quantises; the answers of the packed model but for rounding."""
     run, _ = static

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from integers import IntegersAlone, loaded, trained
+from integers import RULE, IntegersAlone, loaded, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -53,7 +53,7 @@ def last(work: Path, path: Path) -> dict[str, Any]:
     """What `evaluate` says of a training of `fairseq-qn train` done again in another folder, with its stage
     frozen when it ends.
     """
-    script = (work / "train.sh").read_text().split("\n\n")
+    script = (work / "train.sh").read_text().replace("\\\n", " ").split("\n\n")
     train, freeze = (shlex.split(next(p for p in script if p.startswith(f"# {step}")), comments=True)
                      for step in ("noise", "the small file"))  # fmt: skip
     updates = int(train[train.index("--max-update") + 1])

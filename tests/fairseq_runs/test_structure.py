@@ -138,8 +138,10 @@ def test_pruned_by_fairseqs_own_options(shared: Shared) -> None:
 
 
 STUDENTS = {
-    "roberta": ("classes", {**CLASSES, **DEEP}, "encoder", ["encoder.sentence_encoder"]),
-    "mt": ("pairs", {**PAIRS, **DEEP, **DEEP_DECODER}, "encoder", ["encoder"]),
+    "roberta": ("classes", {**CLASSES, **DEEP}, {}, "encoder.sentence_encoder"),
+    "roberta, shared": ("classes", {**CLASSES, **DEEP}, {"share": [{"layers": ".*layers", "chunk": 4}]},
+                        "encoder.sentence_encoder"),
+    "mt": ("pairs", {**PAIRS, **DEEP, **DEEP_DECODER}, {}, "encoder"),
 }  # fmt: skip
 
 
@@ -150,7 +152,8 @@ class Student:
     run: Run
     words: list[Any]
     sample: dict[str, Any]
-    stacks: list[str]
+    stack: str
+    numbers: list[int]  # of the teacher's layers
     begun: list[dict[str, Tensor]]
 
 
@@ -158,10 +161,10 @@ class Student:
 def student(request, data, tmp_path_factory) -> Student:
     """Half of a dense teacher's layers, taught by the whole of it."""
     folder = tmp_path_factory.mktemp("student")
-    source, options, side, stacks = STUDENTS[request.param]
-    kept = {f"--{side}-layers-to-keep": "0,2"}
+    source, options, lines, stack = STUDENTS[request.param]
+    kept = {"--encoder-layers-to-keep": "0,2"}
     teacher = train(folder / "teacher", getattr(data, source), options, {"--max-update": 3})
-    path = write_recipe(folder / "r.yaml", recipe())
+    path = write_recipe(folder / "r.yaml", recipe(**lines))
     words = [
         getattr(data, source),
         options,
@@ -184,20 +187,20 @@ def student(request, data, tmp_path_factory) -> Student:
 
     run = train(folder / "run", words, {"--max-update": 6}, watch=watch)
     sample = build(getattr(data, source), options).sample
-    return Student(folder, teacher, run, words, sample, stacks, begun)
+    return Student(folder, teacher, run, words, sample, stack, [0, 0] if lines else [0, 2], begun)
 
 
 def test_a_student_begins_as_the_layers_that_it_keeps(student: Student) -> None:
     theirs, ours = student.teacher.state()["model"], student.begun[0]
-    for stack in student.stacks:
-        assert len(student.run.model.get_submodule(f"{stack}.layers")) == 2
-        for i, number in enumerate((0, 2)):
-            for part in ("fc1.weight", "fc2.bias", "self_attn.q_proj.weight"):
-                assert ours[f"{stack}.layers.{i}.{part}"].equal(theirs[f"{stack}.layers.{number}.{part}"])
+    layers = f"{student.stack}.layers"
+    for i, number in enumerate(student.numbers):
+        for part in ("fc1.weight", "fc2.bias", "self_attn.q_proj.weight"):
+            assert ours[f"{layers}.{i}.{part}"].equal(theirs[f"{layers}.{number}.{part}"])
+    assert weights(student.run.model.get_submodule(layers)) == [0, int(student.numbers[1] > 0)]
     logged = student.run.logged()
     assert len(logged) == 6 and all(figures["qn_distill_loss"] > 0 for figures in logged)
     teacher = student.run.trainer.get_criterion().terms[0].teacher
-    assert len(teacher.get_submodule(f"{student.stacks[0]}.layers")) == 4
+    assert weights(teacher.get_submodule(layers)) == [0, 1, 2, 3]
 
 
 def test_a_student_is_resumed_by_its_own_command(student: Student) -> None:
@@ -216,9 +219,8 @@ def test_a_student_goes_out(student: Student, tmp_path: Path) -> None:
     hub.export_fairseq(checkpoint, tmp_path / "stock.pt")
     (stock,), config, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "stock.pt")])
     assert torch.allclose(asked(stock, student.sample), expected, atol=1e-5)
-    sides = {stack.split(".")[0] for stack in student.stacks}
-    assert all(len(stock.get_submodule(f"{stack}.layers")) == 2 for stack in student.stacks)
-    assert all(getattr(config.model, f"{side}_layers_to_keep") is None for side in sides)
+    assert len(stock.get_submodule(f"{student.stack}.layers")) == 2
+    assert config.model.encoder_layers_to_keep is None
 
 
 def test_layers_that_the_checkpoint_has_not(data, tmp_path: Path) -> None:

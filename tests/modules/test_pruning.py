@@ -45,6 +45,8 @@ def test_what_is_left_is_what_the_file_holds(case: tuple[int, int, list[int]], t
     assert answers(left).equal(wanted)
     assert answers(model).equal(whole) and len(model.layers) == model.num_layers == depth
     assert [left.layers[i] for i in range(len(numbers))] == [model.layers[n] for n in numbers]
+    last = f"layers.{len(numbers) - 1}.fc1.weight"
+    assert left.get_parameter(last) is model.get_parameter(f"layers.{numbers[-1]}.fc1.weight")
     path = tmp_path_factory.mktemp("pruned") / "a.qn.safetensors"
     predicted = fairseq_qn.predict_size(left, parts="float32")
     size = fairseq_qn.save(left, path, parts="float32")
@@ -68,6 +70,19 @@ def test_every_other_of_layers_and_of_chunks() -> None:
         assert places(left.layers).numbers == tuple(wanted)
         assert places(fairseq_qn.prune(left, "every_other").layers).numbers == tuple(wanted)
         assert left.num_layers == len(wanted)
+
+
+def test_what_is_left_of_a_chunk_loads_as_the_first_of_it() -> None:
+    model, source = Stacked(4), Stacked(3, seed=1)
+    fairseq_qn.share(model.layers, 2)
+    left = fairseq_qn.prune(model, [1, 2, 3])
+    left.load_state_dict(source.state_dict())
+    assert [left.layers[i].fc1.bias.equal(source.layers[i].fc1.bias) for i in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert left.layers[2].fc1.bias.equal(source.layers[1].fc1.bias)
 
 
 def test_layers_keep_their_numbers() -> None:

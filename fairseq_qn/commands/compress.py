@@ -14,6 +14,7 @@ from fairseq_qn.commands.common import carried, complain, hub
 from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules.activations import refuse_unseen
 from fairseq_qn.modules.pruning import STACKS
+from fairseq_qn.modules.sharing import places
 from fairseq_qn.modules.view import views_of
 
 
@@ -26,10 +27,7 @@ def run(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"{args.checkpoint}: carries no recipe, none was trained with; give one, e.g. --recipe roberta"
         )
-    if not args.prune:
-        model = api.prune(model)
-    for stack, keep in args.prune:
-        model = api.prune(model, keep, rf"{stack}\..*layers" if stack else STACKS)
+    model, kept = _pruned(model, args.prune)
     source, assets = carried(args)
     if not source:
         source, assets = ours.text_of(args.checkpoint)
@@ -64,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
             "frozen_here": layers,
             "unreached": unreached,
             "dropped": drop,
+            "kept": kept,
         }
         print(json.dumps(report))
         return
@@ -74,9 +73,23 @@ def run(args: argparse.Namespace) -> None:
             f"froze {len(reports)} layers in {seconds:.1f} s; largest relative error {worst.error:.4f} "
             f"({worst.name})"
         )
+    for name, numbers in kept.items():
+        print(f"{name}: kept layers {', '.join(map(str, numbers))}")
     if drop and not args.drop:
         print(f"left out: {', '.join(drop)}, which no classification asks (--keep-head keeps it)")
     print(f"{args.output}: {size}")
+
+
+def _pruned(whole: Any, asked: Sequence[tuple[str, Any]]) -> tuple[Any, dict[str, list[int]]]:
+    """The model without the layers that --prune, or else its recipe, leaves out; the numbers of those that
+    are left, by stacks that lost some.
+    """
+    model = whole if asked else api.prune(whole)
+    for side, keep in asked:
+        model = api.prune(model, keep, rf"{side}\..*layers" if side else STACKS)
+    stacks = {name: part for name, part in model.named_modules() if "_qn_places" in part.__dict__}
+    found = {name: [*places(part).numbers] for name, part in stacks.items()}
+    return model, {n: kept for n, kept in found.items() if len(kept) < len(whole.get_submodule(n))}
 
 
 def _progress(views: Sequence[Any]) -> Any:

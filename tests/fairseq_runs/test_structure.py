@@ -106,7 +106,9 @@ def test_pruned_on_the_way_out(shared: Shared, tmp_path: Path, capsys: pytest.Ca
     path, out = tmp_path / "a.qn.safetensors", tmp_path / "out.pt"
     words = ["--prune", "every_other", "--parts", "float32", "--json"]
     assert main(["compress", str(shared.run.folder / "checkpoint_last.pt"), "-o", str(path), *words]) == 0
-    size = json.loads(capsys.readouterr().out)["size"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["kept"] == {name: [0, 1] for name in LAYERS[shared.kind]}
+    size = report["size"]
     left = fairseq_qn.prune(shared.run.model, [0, 1])
     assert size["total"] == fairseq_qn.predict_size(left, parts="float32") == path.stat().st_size
     whole = fairseq_qn.predict_size(shared.run.model, parts="float32")
@@ -124,6 +126,31 @@ def test_pruned_on_the_way_out(shared: Shared, tmp_path: Path, capsys: pytest.Ca
     done = command(sys.executable, "-c", code, path, tmp_path / "in.pt", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.load(out).equal(asked(left, shared.sample))
+
+
+def test_prune_on_the_command_line(shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One stack alone; by the recipe; and what cannot be."""
+    name = LAYERS[shared.kind][-1]
+    words = [
+        "compress",
+        str(shared.run.folder / "checkpoint_last.pt"),
+        "-o",
+        str(tmp_path / "a.qn.safetensors"),
+    ]
+    assert main([*words, "--prune", f"{name.split('.')[0]}=1,2"]) == 0
+    assert f"{name}: kept layers 1, 2\n" in capsys.readouterr().out
+    depths = [len(stack) for stack in shared.stacks(fairseq_qn.load(words[-1]))]
+    assert depths == [4, 2][-len(depths) :]
+    lines = [{"layers": ".*layers", "keep": [3]}]
+    data = recipe({"kind": "exact", "p": 0.2}, share=SHARE, prune=lines)
+    assert main([*words, "--recipe", str(write_recipe(tmp_path / "r.yaml", data))]) == 0
+    assert [len(stack) for stack in shared.stacks(fairseq_qn.load(words[-1]))] == [1] * len(depths)
+    capsys.readouterr()
+    assert main([*words, "--prune", "0,4"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "expected layers out of 0 to 3, found 4" in error
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--prune", "each"])
 
 
 def test_pruned_by_fairseqs_own_options(shared: Shared) -> None:

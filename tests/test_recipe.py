@@ -166,7 +166,7 @@ ILLEGAL = [
     (with_rule(blocksize=8), "rules[0]: unknown blocksize; known: layers, scheme, stage, block_size"),
     (
         with_rule(scheme="pq"),
-        "rules[0].scheme: expected one of ['product', 'integer', 'learned_bits'], found 'pq'",
+        "rules[0].scheme: expected one of ['product', 'integer', 'learned_bits', 'kernel'], found 'pq'",
     ),
     (with_rule(layers="fc[12"), "rules[0].layers: not a regular expression: 'fc[12'"),
     (with_rule(layers=5), "rules[0].layers: not a regular expression: 5"),

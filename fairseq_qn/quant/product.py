@@ -3,8 +3,8 @@
 The codebook of a frozen weight is the mean of the blocks that share a code, so that the decoded weight is a
 projection of the dense one: linear, idempotent and its own transpose. Its gradient is therefore the same
 function of the incoming gradient, and a step of SGD moves each codeword by the mean of its blocks' gradients
-(Fan et al. 2020, section 3.2). A codebook may be rounded to int8, symmetric, with one scale; gradients are
-then those of the means, straight through the rounding.
+(Fan et al. 2020, section 3.2). A codebook may be rounded to integers, symmetric, with one scale; gradients
+are then those of the means, straight through the rounding.
 
 The pad row of an Embedding belongs to no code and stays dense: look-ups do not learn from it, but a softmax
 that is tied to the table reads it, and has trained it.
@@ -98,9 +98,9 @@ class Groups:
         return cls(order, starts.int(), first.int(), counts, flat, padding_idx)
 
 
-def codebook_of(weight: Tensor, groups: Groups, block_size: int, int8: bool = False) -> Tensor:
-    """Mean of the blocks that share a code, rounded if `int8`: fp32 [K, d] (fp64 for an fp64 weight); 0 for
-    a code that none has.
+def codebook_of(weight: Tensor, groups: Groups, block_size: int, bits: int = 16) -> Tensor:
+    """Mean of the blocks that share a code, of `bits` below 16 as integers round it: fp32 [K, d] (fp64 for
+    an fp64 weight); 0 for a code that none has, but of 1 bit.
 
     >>> groups = Groups.of(torch.tensor([[0, 0], [0, 1]]), n_centroids=3)
     >>> codebook_of(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]), groups, 2).tolist()
@@ -113,29 +113,55 @@ def codebook_of(weight: Tensor, groups: Groups, block_size: int, int8: bool = Fa
     runs = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
     sums = torch.nn.functional.embedding_bag(runs, sums, groups.first, mode="sum")
     codebook = (sums / groups.counts.clamp(min=1).unsqueeze(1)).to(blocks.dtype)
-    return of_int8(*to_int8(codebook)).to(blocks.dtype) if int8 else codebook
+    return of_integers(*to_integers(codebook, bits)).to(blocks.dtype) if bits < 16 else codebook
 
 
-def scale_of(values: Tensor) -> Tensor:
-    """What an int8 step stands for, fp32 [1], with the largest value at 127 or -127."""
+def most(bits: int) -> int:
+    """The greatest of symmetric integers; of 1 bit there are -1 and 1.
+
+    >>> most(8), most(6), most(2), most(1)
+    (127, 31, 1, 1)
+    """
+    return max(1, (1 << (bits - 1)) - 1)
+
+
+def scale_of(values: Tensor, bits: int) -> Tensor:
+    """What a step stands for, fp32 [1]: the largest value is the greatest integer; 1 bit: the mean size."""
     low, high = torch.aminmax(values.detach().float())
-    found: Tensor = torch.maximum(-low, high).div(127).clamp(min=torch.finfo(torch.float32).tiny)
-    return found.reshape(1)
+    found: Tensor = torch.maximum(-low, high).div(most(bits))
+    if bits == 1:
+        found = values.detach().double().abs().mean().float()
+    return found.clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 
 
-def to_int8(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [K, d] of -127 to 127, scale fp32 [1]).
+def to_integers(codebook: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(int8 [K, d] of -most to most, scale fp32 [1]).
 
-    >>> to_int8(torch.tensor([[-2.54, 0.0], [1.27, 0.1]]))[0].tolist()
+    >>> to_integers(torch.tensor([[-2.54, 0.0], [1.27, 0.1]]), bits=8)[0].tolist()
     [[-127, 0], [64, 5]]
     """
-    scale = scale_of(codebook)
-    return (codebook.float() / scale).round_().to(torch.int8), scale
+    scale = scale_of(codebook, bits)
+    steps = torch.where(codebook < 0, -1.0, 1.0) if bits == 1 else (codebook.float() / scale).round_()
+    return steps.to(torch.int8), scale
 
 
-def of_int8(codebook: Tensor, scale: Tensor) -> Tensor:
-    """fp32 [K, d] that an int8 codebook stands for; NaN if it was rounded from NaN or Inf."""
+def of_integers(codebook: Tensor, scale: Tensor) -> Tensor:
+    """fp32 [K, d] that an integer codebook stands for; NaN if it was rounded from NaN or Inf."""
     return codebook.float() * scale
+
+
+def digits_of(integers: Tensor, bits: int) -> Tensor:
+    """int8 of -most to most -> uint8 of 0 to 2^bits - 1, to be packed.
+
+    >>> digits_of(torch.tensor([-31, 0, 31]), 6).tolist(), digits_of(torch.tensor([-1, 1]), 1).tolist()
+    ([1, 32, 63], [0, 1])
+    """
+    return (integers.int().add(1) // 2 if bits == 1 else integers.int() + 2 ** (bits - 1)).to(torch.uint8)
+
+
+def integers_of(digits: Tensor, bits: int) -> Tensor:
+    """The same backwards; digit 0, of which `digits_of` makes none but of 1 bit, is less than -most."""
+    return (digits.int() * 2 - 1 if bits == 1 else digits.int() - 2 ** (bits - 1)).to(torch.int8)
 
 
 def decode(
@@ -165,7 +191,7 @@ def decode(
     return weight
 
 
-def project(weight: Tensor, groups: Groups, block_size: int, int8: bool = False) -> Tensor:
+def project(weight: Tensor, groups: Groups, block_size: int, bits: int = 16) -> Tensor:
     """Replace each block by its codeword (`codebook_of`); same shape and dtype. The pad row stays as it
     is.
 
@@ -173,7 +199,7 @@ def project(weight: Tensor, groups: Groups, block_size: int, int8: bool = False)
     >>> project(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), groups, block_size=1).tolist()
     [[3.0, 3.0], [3.0, 9.0]]
     """
-    codebook, pad = codebook_of(weight, groups, block_size, int8), groups.padding_idx
+    codebook, pad = codebook_of(weight, groups, block_size, bits), groups.padding_idx
     return decode(groups.codes, codebook, weight.shape, pad, None if pad is None else weight[pad]).to(
         weight.dtype
     )
@@ -194,9 +220,7 @@ def project_moment(moment: Tensor, groups: Groups, block_size: int, *, squared: 
     return decode(groups.codes, codebook, moment.shape, pad, row).to(moment.dtype)
 
 
-def project_some(
-    weight: Tensor, groups: Groups, block_size: int, mask: Tensor, int8: bool = False
-) -> Tensor:
+def project_some(weight: Tensor, groups: Groups, block_size: int, mask: Tensor, bits: int = 16) -> Tensor:
     """As `project` where mask [n_blocks] is True, the weight elsewhere. On a GPU this waits to count the
     blocks.
 
@@ -209,7 +233,7 @@ def project_some(
     if groups.padding_idx is not None:
         hit = hit[hit.div(len(mask) // len(weight), rounding_mode="floor") != groups.padding_idx]
     blocks = torch.nn.functional.embedding(
-        groups.codes[hit].int(), codebook_of(weight, groups, block_size, int8)
+        groups.codes[hit].int(), codebook_of(weight, groups, block_size, bits)
     ).to(weight.dtype)
     result = weight.clone(memory_format=torch.contiguous_format)
     to_blocks(result, block_size).index_copy_(0, hit, blocks)

@@ -1,280 +1,61 @@
-"""Product quantisation: blocks of d weights share a codebook of K codewords (Fan et al. 2020, section 3.2).
-
-codes     uint8 [ceil(n_blocks * bits / 8)]    packed at ceil(log2 K) bits
-codebook  fp16 or fp32 [K, d], times 2^exponent, or int8 [K, d], times `scale`
-pad       fp16 or fp32 [embedding_dim], times 2^pad: the pad row, unless it is zero
-"""
+"""Product quantisation: blocks of d weights share K codewords (Fan et al. 2020, section 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fairseq_qn.errors import BlockSizeError, FormatError
-from fairseq_qn.kernels import lookup
 from fairseq_qn.lines import one_of, whole
-from fairseq_qn.quant import noise, product, reading
-from fairseq_qn.quant.bitpack import pack, packed_bytes, unpack
-from fairseq_qn.quant.blocks import check_block_size, codes_shape
-from fairseq_qn.quant.half import exponent_of, narrowed, widened
-from fairseq_qn.schemes.base import EXPONENTS, Draw, Entry, Scheme, Site, Specs, Stored, all_whole
+from fairseq_qn.schemes.base import Entry, Site, all_whole
+from fairseq_qn.schemes.blocks import CENTROIDS, FLOAT, INTEGERS, Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_SIZES, CENTROIDS, CODEBOOK_BITS = (1, 4096), (2, 65_536), (8, 16)
+BLOCK_SIZES, CODEBOOK_BITS = (1, 4096), (*range(1, 9), FLOAT)
 
 
 @dataclass(frozen=True)
-class StoredProduct(Stored):
-    """codes [out_features, blocks a row], codebook [K, d]; pad_row [embedding_dim], unless it is zero.
+class Product(Blocks):
+    """Blocks of `block_size` weights along the input."""
 
-    scale: of a codebook that is int8 in the file.
-    """
-
-    TENSORS, PREFIX = ("codes", "codebook", "pad_row"), "PQ"
-
-    codes: Tensor
-    codebook: Tensor
-    padding_idx: int | None = None
-    pad_row: Tensor | None = None
-    scale: float | None = None
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight."""
-        codebook = self.codebook if dtype is None else self.codebook.to(dtype)
-        return product.decode(self.codes, codebook, self.shape, self.padding_idx, self.pad_row)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Only what is asked for is decoded."""
-        rows = torch.nn.functional.embedding(
-            torch.nn.functional.embedding(ids, self.codes).int(), self.codebook
-        ).flatten(-2)
-        if self.padding_idx is None:
-            return rows
-        is_pad = (ids == self.padding_idx).unsqueeze(-1)
-        return (
-            rows.masked_fill(is_pad, 0) if self.pad_row is None else torch.where(is_pad, self.pad_row, rows)
-        )
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """By lookup; sums are rounded to x's dtype. x [..., in_features]."""
-        if not lookup.usable(self.codes, self.codebook):
-            return None
-        dtype, pad = x.dtype, self.padding_idx
-        bias = None if bias is None else bias.float()
-        y = lookup.linear(x.float(), self.codes, self.codebook.to(dtype).float(), bias)
-        if pad is not None:
-            y[..., pad] = 0 if self.pad_row is None else x.float() @ self.pad_row.to(dtype).float()
-            if bias is not None:
-                y[..., pad] += bias[pad]
-        return y.to(dtype)
-
-    def signed(self) -> tuple[Tensor, Tensor] | None:
-        """Where the codebook is int8: all weights then have its one scale."""
-        if self.scale is None or self.pad_row is not None:
-            return None
-        codebook = (self.codebook.float() / self.scale).round_().to(torch.int8)
-        levels = product.decode(self.codes, codebook, self.shape, self.padding_idx)
-        return levels, self.codebook.new_tensor([self.scale])
-
-
-@dataclass(frozen=True)
-class Product(Scheme):
-    """Blocks of `block_size` weights along the input; at most `n_centroids` codewords.
-
-    codebook_bits: 16, floating point, in the dtype of a file's parts; 8, integers with one scale, which
-    training reads as well.
-    """
-
-    name, buffer_names, coded_parts, shares_gradients = "product", ("codes",), ("codes",), True
+    name = "product"
 
     block_size: int = 8
     n_centroids: int = 256
-    codebook_bits: int = 16
-
-    # -- recipe
+    codebook_bits: int = FLOAT
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], where: str) -> Product:
         """From `block_size`, `n_centroids` and `codebook_bits`. Raises RecipeError."""
         whole(fields.get("block_size", cls.block_size), BLOCK_SIZES, f"{where}.block_size")
         whole(fields.get("n_centroids", cls.n_centroids), CENTROIDS, f"{where}.n_centroids")
-        bits = whole(fields.get("codebook_bits", cls.codebook_bits), CODEBOOK_BITS, f"{where}.codebook_bits")
+        bits = whole(fields.get("codebook_bits", FLOAT), (INTEGERS[0], FLOAT), f"{where}.codebook_bits")
         one_of(bits, CODEBOOK_BITS, f"{where}.codebook_bits")
         return cls(**fields)
 
-    def check(self, shape: Sequence[int], name: str) -> None:
-        """Raise BlockSizeError unless the blocks tile a weight of this shape."""
-        check_block_size(shape, self.block_size, name)
+    def d(self, shape: Sequence[int]) -> int:
+        """As the recipe says."""
+        return self.block_size
 
-    @property
-    def _int8(self) -> bool:
-        return self.codebook_bits == 8
-
-    # -- training
-
-    def buffers(self, shape: Sequence[int], padding_idx: int | None) -> dict[str, Tensor]:
-        """codes [out_features, blocks a row], all zero."""
-        dtype = product.codes_dtype(self._n_codewords(shape, padding_idx))
-        return {"codes": torch.zeros(codes_shape(shape, self.block_size), dtype=dtype)}
-
-    def n_codewords(self, site: Site) -> int:
-        """K, clipped to the number of blocks."""
-        return self._n_codewords(site.shape, site.padding_idx)
-
-    def groups(self, site: Site) -> product.Groups:
-        """The blocks sorted by code."""
-        group = partial(product.Groups.of, n_centroids=self.n_codewords(site), padding_idx=site.padding_idx)
-        return site.derived("codes", group)
-
-    def codebook(self, w: Tensor, site: Site, int8: bool = False) -> Tensor:
-        """fp32 [K, d]: the mean of the blocks of each code."""
-        return product.codebook_of(w, self.groups(site), self.block_size, int8).float()
-
-    def quantized(self, w: Tensor, site: Site) -> Tensor:
-        """Each block's codeword, by the present codes."""
-        return product.project(w, self.groups(site), self.block_size, self._int8)
-
-    def frozen(self, w: Tensor, site: Site) -> Tensor:
-        """A projection, its own derivative: codewords move by the mean of their blocks' gradients, straight
-        through their rounding.
-        """
-        project = partial(product.project, groups=self.groups(site), block_size=self.block_size)
-        return reading.read(w, partial(project, int8=self._int8), project)
-
-    def noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
-        """Blocks drawn read as 0 (proxy), or as their codewords (exact)."""
-        return reading.read(w, partial(self._noised, site=site, draw=draw), None)
-
-    def _noised(self, w: Tensor, site: Site, draw: Draw) -> Tensor:
-        exact = draw.kind == "exact"
-        if exact and noise.is_certain(draw.p):
-            return self.quantized(w, site)
-        mask = noise.bernoulli(w.numel() // self.block_size, draw.p, draw.seed, w.device)
-        if not exact:
-            return noise.drop_blocks(w, mask, self.block_size)
-        if w.device.type == "cpu":
-            return product.project_some(w, self.groups(site), self.block_size, mask, self._int8)
-        return noise.replace_blocks(w, self.quantized(w, site), mask, self.block_size)
-
-    def needs_learning(self, kind: str) -> bool:
-        """Exact noise needs codes."""
-        return kind == "exact"
-
-    def learn(self, w: Tensor, site: Site, warm: bool, iterations: int, seed: int) -> float:
-        """Codes by k-means."""
-        pad = site.padding_idx
-        codes, clusters = product.learn(
-            w, self.block_size, self.n_codewords(site), padding_idx=pad, iterations=iterations, seed=seed,
-            start=self.codebook(w, site) if warm else None, name=site.name,
-        )  # fmt: skip
-        site.buffer("codes").copy_(codes)
-        lost = clusters.objective
-        if self._int8:  # a block's distance from a mean, and that mean's from where it is rounded to
-            moved = product.of_int8(*product.to_int8(clusters.codebook)) - clusters.codebook
-            counts = torch.bincount(clusters.codes, minlength=len(moved))
-            lost += float(moved.double().square().sum(1) @ counts.double())
-        # the pad row is exact
-        total = clusters.energy + (0.0 if pad is None else float(w[pad].double().square().sum()))
-        return lost / total if total > 0 else 0.0
-
-    def moment(self, moment: Tensor, site: Site, *, squared: bool) -> Tensor:
-        """That of each block's codeword: the mean, and of squares the mean / |J|; pad row as it was."""
-        return product.project_moment(moment, self.groups(site), self.block_size, squared=squared)
-
-    def misfit(self, found: Mapping[str, Tensor], site: Site) -> str | None:
-        """Codes beyond the codebook."""
-        codes, k = found["codes"], self.n_codewords(site)
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < k:
-            return f"expected codes below {k}, found {int(codes.min())} to {int(codes.max())}"
-        return None
-
-    def fingerprint(self, site: Site) -> dict[str, int]:
-        """Block size, and K as clipped: codes serve a codebook of any width."""
-        return {"block_size": self.block_size, "n_centroids": self.n_codewords(site)}
-
-    # -- file
+    @classmethod
+    def d_of(cls, entry: Entry) -> int:
+        """As the record says."""
+        size: int = entry["block_size"]
+        return size
 
     def entry(self, w: Tensor, site: Site, dtype: torch.dtype, learned: bool) -> Entry:
-        """Its exponents and scale are exact once the codes are learned."""
-        pad, values = _pad_row(w, site), self.codebook(w, site) if learned else w
-        if self._int8:
-            scale = float(product.scale_of(values))
-            unit: Entry = {"scale": scale if isfinite(scale) else 1.0}
-        else:
-            unit = {"exponent": exponent_of(values, dtype) if learned else 0}
-        return {
-            "scheme": self.name, "shape": list(site.shape), "block_size": self.block_size,
-            "n_centroids": self.n_codewords(site), "padding_idx": site.padding_idx, **unit,
-            **({} if pad is None else {"pad": exponent_of(pad, dtype)}),
-        }  # fmt: skip
+        """With the size of its blocks."""
+        return super().entry(w, site, dtype, learned) | {"block_size": self.block_size}
 
     @classmethod
     def check_entry(cls, entry: Entry) -> str | None:
-        """Sizes within bounds, blocks that tile the shape, a pad row only where there is a pad index."""
-        bounds = {"block_size": BLOCK_SIZES, "n_centroids": (1, CENTROIDS[1])}
-        bounds |= {} if "scale" in entry else {"exponent": EXPONENTS}
-        bounds |= {"pad": EXPONENTS} if "pad" in entry else {}
-        padding, scale = entry.get("padding_idx", -1), entry.get("scale", 1.0)
-        legal = padding is None or (type(padding) is int and 0 <= padding < entry["shape"][0])
-        legal &= type(scale) is float and scale > 0
-        if not all_whole(entry, bounds) or not legal or ("pad" in entry and padding is None):
-            return "a field is missing or out of range"
-        try:
-            check_block_size(entry["shape"], entry["block_size"])
-        except BlockSizeError as error:
-            return str(error)
-        return None
-
-    @classmethod
-    def layout(cls, entry: Entry, dtype: str) -> Specs:
-        """codes, codebook, and the pad row if there is one.
-
-        >>> Product.layout({"shape": [64, 32], "block_size": 8, "n_centroids": 16}, "float16")
-        {'codes': ('uint8', (128,)), 'codebook': ('float16', (16, 8))}
-
-        With a scale the codebook is int8.
-        """
-        n, d, k = prod(entry["shape"]), entry["block_size"], entry["n_centroids"]
-        pad = {"pad": (dtype, (n // entry["shape"][0],))} if "pad" in entry else {}
-        codes = "uint8", (packed_bytes(n // d, product.code_bits(k)),)
-        return {"codes": codes, "codebook": ("int8" if "scale" in entry else dtype, (k, d)), **pad}
-
-    def encode(self, w: Tensor, site: Site, dtype: torch.dtype) -> tuple[Entry, dict[str, Tensor]]:
-        """Packed codes, and the codebook in `dtype` or int8."""
-        entry, codebook = self.entry(w, site, dtype, learned=True), self.codebook(w, site)
-        codes = pack(site.buffer("codes"), product.code_bits(entry["n_centroids"]))
-        stored = product.to_int8(codebook)[0] if self._int8 else narrowed(codebook, dtype)[0]
-        pad = {"pad": narrowed(w[site.padding_idx], dtype)[0]} if "pad" in entry else {}
-        return entry, {"codes": codes, "codebook": stored, **pad}
-
-    @classmethod
-    def decode(cls, entry: Entry, parts: Mapping[str, Tensor]) -> StoredProduct:
-        """Codes below K, and a codebook in fp32."""
-        k, shape, scale = entry["n_centroids"], tuple(entry["shape"]), entry.get("scale")
-        if scale is None:
-            codebook = widened(parts["codebook"], entry["exponent"])
-        elif bool((parts["codebook"] == -128).any()):
-            raise FormatError("expected a codebook of -127 to 127, found -128; the file is damaged")
-        else:
-            codebook = product.of_int8(parts["codebook"], torch.tensor([scale]))
-        pad_row = widened(parts["pad"], entry["pad"]) if "pad" in entry else None
-        if not all(bool(torch.isfinite(t).all()) for t in (codebook, pad_row) if t is not None):
-            raise FormatError("expected finite weights, found NaN or Inf; save another checkpoint")
-        codes = unpack(parts["codes"], product.code_bits(k), prod(shape) // entry["block_size"])
-        largest = int(codes.max()) if codes.numel() else 0
-        if largest >= k:
-            raise FormatError(
-                f"expected codes below {k}, found {largest}; the file is damaged, fetch it again"
-            )
-        codes = codes.to(product.codes_dtype(k)).reshape(shape[0], -1)
-        return StoredProduct(shape, codes, codebook, entry["padding_idx"], pad_row, scale)
+        """Blocks of a size within bounds, and what all codebooks have."""
+        sound = all_whole(entry, {"block_size": BLOCK_SIZES})
+        return super().check_entry(entry) if sound else "a field is missing or out of range"
 
     @classmethod
     def label(cls, entry: Entry) -> str:
@@ -283,18 +64,4 @@ class Product(Scheme):
         >>> Product.label({"block_size": 8, "n_centroids": 256, "scale": 0.01})
         'PQ d8 K256 int8'
         """
-        return f"PQ d{entry['block_size']} K{entry['n_centroids']}" + " int8" * ("scale" in entry)
-
-    def finite(self, w: Tensor, site: Site) -> bool:
-        """The codebook and the pad row."""
-        stored = (self.codebook(w, site, self._int8), _pad_row(w, site))
-        return all(bool(torch.isfinite(t).all()) for t in stored if t is not None)
-
-    def _n_codewords(self, shape: Sequence[int], padding_idx: int | None) -> int:
-        return product.n_codewords(shape, self.block_size, self.n_centroids, padding_idx)
-
-
-def _pad_row(w: Tensor, site: Site) -> Tensor | None:
-    """The pad row, unless it is zero."""
-    row = None if site.padding_idx is None else w[site.padding_idx]
-    return row if row is not None and bool(row.any()) else None
+        return f"PQ d{entry['block_size']} {cls.codebook_label(entry)}"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fairseq_qn.kernels import native
 from fairseq_qn.modules.lazy import LazyWeight
 from fairseq_qn.modules.packed import pack
-from fairseq_qn.schemes.product import StoredProduct
+from fairseq_qn.schemes.blocks import StoredProduct
 
 pytestmark = pytest.mark.skipif(
     native.library() is None, reason="the kernel was not compiled at installation"

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from fairseq_qn.modules.packed import Packed, pack, tie
 from fairseq_qn.quant import integer, product
 from fairseq_qn.schemes.base import Stored
+from fairseq_qn.schemes.blocks import StoredProduct
 from fairseq_qn.schemes.integer import StoredIntegers
-from fairseq_qn.schemes.product import StoredProduct
 
 
 class Custom(nn.Linear):

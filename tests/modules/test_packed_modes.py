@@ -18,7 +18,7 @@ from fairseq_qn.errors import UnsupportedError
 from fairseq_qn.modules.lazy import LazyWeight
 from fairseq_qn.modules.packed import pack, tie
 from fairseq_qn.schemes.base import Stored
-from fairseq_qn.schemes.product import StoredProduct
+from fairseq_qn.schemes.blocks import StoredProduct
 
 SCHEMES = ["product", "integer"]
 PAD = 3

@@ -95,12 +95,12 @@ def test_an_int8_codebook_by_hand(case: Case, k: int, padded: bool) -> None:
     weight, d = case
     groups = Groups.of(random_codes(weight, d, k, 0), k, 0 if padded else None)
     book = product.codebook_of(weight, groups, d)
-    found, scale = product.to_int8(book)
+    found, scale = product.to_integers(book, 8)
     step = max(max(abs(value) for value in book.flatten().tolist()) / 127, 2.0**-126)
     assert scale.item() == pytest.approx(step, rel=1e-6)
     for value, level in zip(book.flatten().tolist(), found.flatten().tolist(), strict=True):
         assert -127 <= level <= 127 and abs(value / step - level) <= 0.5 + 1e-4
-    read = product.project(weight, groups, d, int8=True)
+    read = product.project(weight, groups, d, bits=8)
     pad = weight[0] if padded else None
     expected = product.decode(groups.codes, found.float() * scale, weight.shape, groups.padding_idx, pad)
     assert torch.equal(read, expected.to(weight.dtype)) and read.dtype == weight.dtype
@@ -118,9 +118,9 @@ def test_projecting_some_blocks(case: Case, k: int, p: float, seed: int, data: s
     pad = data.draw(st.none() | st.integers(0, len(weight) - 1))
     groups = Groups.of(random_codes(weight, d, k, seed), k, pad)
     mask, before = bernoulli(weight.numel() // d, p, seed), weight.clone()
-    int8 = data.draw(st.booleans())
-    expected = replace_blocks(weight, product.project(weight, groups, d, int8), mask, d)
-    found = product.project_some(weight, groups, d, mask, int8)
+    bits = data.draw(st.sampled_from([1, 6, 8, 16]))
+    expected = replace_blocks(weight, product.project(weight, groups, d, bits), mask, d)
+    found = product.project_some(weight, groups, d, mask, bits)
     assert torch.equal(found, expected) and found.dtype == weight.dtype and torch.equal(weight, before)
 
 

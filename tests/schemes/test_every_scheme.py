@@ -28,7 +28,7 @@ from fairseq_qn.recipe import Recipe
 from fairseq_qn.schemes import SCHEMES
 from fairseq_qn.schemes.base import Scheme
 
-NAMES = ["product", "integer", "learned_bits", "toy"]  # checked to be all of them
+NAMES = ["product", "integer", "learned_bits", "kernel", "toy"]  # checked to be all of them
 LINES: dict[str, dict[str, Any]] = {
     "product": {"block_size": 2, "n_centroids": 5}, "integer": {"bits": 4}, "toy": {},
     "int8 codebook": {"scheme": "product", "block_size": 2, "n_centroids": 5, "codebook_bits": 8},
@@ -37,7 +37,8 @@ LINES: dict[str, dict[str, Any]] = {
     "percentile": {"scheme": "integer", "bits": 4, "ranges": "percentile", "granularity": "tensor"},
     "histogram": {"scheme": "integer", "bits": 3, "ranges": "histogram"},
     "learned": {"scheme": "integer", "bits": 4, "ranges": "learned"},
-    "learned_bits": {"granularity": "channel"},
+    "learned_bits": {"granularity": "channel"}, "kernel": {"n_centroids": 5},
+    "kernel signs": {"scheme": "kernel", "n_centroids": 7, "codebook_bits": 1},
     "whole": {"scheme": "learned_bits", "granularity": "tensor", "max_bits": 8, "pseudo_noise": "uniform"},
 }  # fmt: skip
 STAGES = {"embed": "emb"}

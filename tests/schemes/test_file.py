@@ -209,7 +209,7 @@ def test_what_int8_codebooks_cannot_hold_is_seen_before_it_is_written(value: flo
     """The largest fp32 number times 127 / 127 overflows."""
     scheme, w, site = int8_codebook()
     w[0, 2:] = value
-    overflows = not bool(torch.isfinite(product.scale_of(w) * 127).all())
+    overflows = not bool(torch.isfinite(product.scale_of(w, 8) * 127).all())
     assert scheme.finite(w, site) is not overflows and (overflows or value > 1e38)
     assert bool(torch.isfinite(scheme.quantized(w, site)).all()) is not overflows
     assert isfinite(scheme.entry(w, site, torch.float16, True)["scale"])

@@ -12,6 +12,7 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fairseq_qn.api import recipe_of
 from fairseq_qn.artifact.replacing import refuse_same, replacing
 from fairseq_qn.criterions.options import Options, options_of
 from fairseq_qn.criterions.quantization_aware import QuantizationAwareConfig
@@ -43,6 +44,9 @@ def export_fairseq(path: str | Path, output: str | Path, data: str | None = None
     notes = [f"fairseq's roberta has LayerNorm eps 1e-05, this model {float(eps):g}"] if own_eps else []
     if placed(model):
         notes.append("fairseq's model computes with inputs as they are, this one rounds them")
+    recipe = recipe_of(model)
+    if recipe is not None and recipe.share:
+        notes.append("fairseq's model does not share layers; to train it on, add --reset-optimizer")
     with replacing(output) as file:
         torch.save(stock, file)
     made = _get(stock["cfg"]["model"], "arch", _get(stock["cfg"]["model"], "_name", None))

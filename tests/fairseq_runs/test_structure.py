@@ -243,7 +243,8 @@ def test_a_student_goes_out(student: Student, tmp_path: Path) -> None:
     assert main(["compress", str(checkpoint), "-o", str(path), "--parts", "float32", "--keep-head"]) == 0
     expected = asked(student.run.model, student.sample)
     assert asked(fairseq_qn.load(path), student.sample).equal(expected)
-    hub.export_fairseq(checkpoint, tmp_path / "stock.pt")
+    note = hub.export_fairseq(checkpoint, tmp_path / "stock.pt")["note"]
+    assert ("does not share" in note) == (student.numbers == [0, 0])
     (stock,), config, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "stock.pt")])
     assert torch.allclose(asked(stock, student.sample), expected, atol=1e-5)
     assert len(stock.get_submodule(f"{student.stack}.layers")) == 2

@@ -151,6 +151,19 @@ def test_certain_noise_reads_what_is_frozen(name: str) -> None:
 
 
 @each_scheme
+def test_exact_noise_reads_a_weight_or_what_is_frozen(name: str) -> None:
+    if scheme_of(name).rounds_in_evaluation:  # its noise is a noise of its own
+        return
+    model = made(name, "exact", 0.5)
+    fairseq_qn.refresh(model)
+    fairseq_qn.set_update(model, 1)
+    for view in views_of(model):
+        seen, phi = view.read(view.weight, True).detach(), view.quantized()
+        assert torch.equal(torch.where(seen == view.weight, seen, phi), seen)
+        assert 0 < int((seen == phi).sum())
+
+
+@each_scheme
 def test_stages_freeze_in_a_plain_loop_and_resume_to_the_bit(name: str) -> None:
     def build() -> tuple[Net, torch.optim.Optimizer]:
         model = made(name, "proxy", 0.2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fairseq_qn.models.bpe import carry_bpe
 from fairseq_qn.models.checkpoint import load_checkpoint, text_of
+from fairseq_qn.models.efficientnet import QNEfficientNetModel
+from fairseq_qn.models.images import QNImageHub, prepared
 from fairseq_qn.models.interfaces import QNGeneratorHub, QNRobertaHub, ranked
 from fairseq_qn.models.options import BPE_FILES
 from fairseq_qn.models.pretrained import (
@@ -19,8 +21,9 @@ from fairseq_qn.models.stock import export_fairseq
 from fairseq_qn.models.transformer import QNTransformerLanguageModel, QNTransformerModel
 
 __all__ = [
-    "BPE_FILES", "SUFFIX", "QNGeneratorHub", "QNRobertaHub", "QNRobertaModel",
-    "QNTransformerLanguageModel", "QNTransformerModel", "carry_bpe", "checkpoint_interface",
-    "export_fairseq", "find_file", "is_small", "load_any", "load_checkpoint", "load_interface", "ranked",
+    "BPE_FILES", "SUFFIX", "QNEfficientNetModel", "QNGeneratorHub", "QNImageHub", "QNRobertaHub",
+    "QNRobertaModel", "QNTransformerLanguageModel", "QNTransformerModel", "carry_bpe",
+    "checkpoint_interface", "export_fairseq", "find_file", "is_small", "load_any", "load_checkpoint",
+    "load_interface", "prepared", "ranked",
     "text_of",
 ]  # fmt: skip

@@ -2,4 +2,4 @@
 
 import fairseq  # noqa: F401  (before any of ours: it makes plugin.py import them all)
 
-from fairseq_qn.models import roberta, transformer  # noqa: F401
+from fairseq_qn.models import efficientnet, roberta, transformer  # noqa: F401

@@ -8,6 +8,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,11 @@ def configuration(state: Mapping[str, Any], path: str) -> DictConfig:
     if MODEL_DATACLASS_REGISTRY.get(kind) is None:
         made: Any = Namespace(**model, _name=arch, arch=arch)
     else:
+        own = {field.name for field in fields(MODEL_DATACLASS_REGISTRY[kind])}
         known = {
             key: FALLBACKS[key]
             for key in ("add_bos_token", "tokens_per_sample", "max_target_positions", "tpu")
+            if key in own
         }
         made = {**known, **model, "_name": arch}
         for key in {"adaptive_input_cutoff", "adaptive_softmax_cutoff"} & made.keys():

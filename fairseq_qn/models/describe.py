@@ -151,7 +151,9 @@ def build_task(source: Mapping[str, Any], assets: Mapping[str, bytes]) -> Any:
     found = {key: made[name] for key, name in names.items()}
     given = {**_defaults(TASK_DATACLASS_REGISTRY[name]), **source["task"], "data": ""}
     with fairseq_refuses("source.task"):
-        cls, config, first = TASK_REGISTRY[name], OmegaConf.create(given), found["source_dictionary"]
+        cls, config, first = TASK_REGISTRY[name], OmegaConf.create(given), found.get("source_dictionary")
+        if name == "qn_image_classification":
+            return cls(config, found.get("label_dictionary"))
         if name == "qn_masked_lm":
             return cls(config, first)
         if name == "qn_language_modeling":

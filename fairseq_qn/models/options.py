@@ -80,6 +80,9 @@ MODELS: dict[str, dict[str, OptionType]] = {
         **_each("add_bos_token adaptive_input scale_fc scale_attn scale_heads scale_resids", FLAG),
         "adaptive_input_factor": Number(1, 64), "adaptive_input_cutoff": Cutoffs(),
     },
+    "qn_efficientnet": {
+        **_each("width depth", Number(0.01, 4)), **_each("dropout stochastic_depth norm_momentum", _CHANCE),
+    },
 }  # fmt: skip
 
 TASKS: dict[str, dict[str, OptionType]] = {
@@ -96,11 +99,14 @@ TASKS: dict[str, dict[str, OptionType]] = {
         **_each("max_source_positions max_target_positions", _POSITIONS),
         **_each("left_pad_source left_pad_target", FLAG),
     },
+    "qn_image_classification": {
+        "num_classes": whole(1, 1 << 20), "image_size": whole(1, 1 << 12), "image_channels": whole(1, 4),
+    },
 }  # fmt: skip
 NEEDED = {  # dictionaries
     "qn_masked_lm": ("source_dictionary",), "qn_language_modeling": ("source_dictionary",),
     "qn_sentence_prediction": ("source_dictionary", "label_dictionary"),
-    "qn_translation": ("source_dictionary", "target_dictionary"),
+    "qn_translation": ("source_dictionary", "target_dictionary"), "qn_image_classification": (),
 }  # fmt: skip
 
 # what a checkpoint may say beyond that: how it goes on training, and where its dictionaries are

@@ -90,6 +90,7 @@ def test_one_layer_is_right_to_its_step(granularity: str, tmp_path: Path) -> Non
     with IntegersAlone():
         whole = layer.integers(q)
     assert whole.dtype == torch.int32 and layer(x).dtype == torch.float32 and layer(x).shape == (2, 7, 32)
+    assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1)), "as of fairseq's attention"
     assert layer(x[:0]).shape == (0, 7, 32) and layer(x * torch.nan).isfinite().all()
 
 

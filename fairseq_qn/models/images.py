@@ -50,6 +50,13 @@ class QNImageHub(nn.Module):
         count = self.task.cfg.num_classes
         return names if len(names) == count else [str(i) for i in range(count)]
 
+    def encode(self, *sentences: str) -> Tensor:
+        """Raises UnsupportedError: what commands ask of every classifier is to read sentences."""
+        raise UnsupportedError(
+            "expected a model of sentences, found one of images; in Python: "
+            "fairseq_qn.hub.load_interface(FILE).classify(images)"
+        )
+
     def classify(self, images: Any, batch: int = 64) -> Ranked | list[Ranked]:
         """[(label, probability)] of one image, the likeliest first; of several, a list of these.
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 import fairseq_qn
 from fairseq_qn import hub
+from fairseq_qn.cli import main
 from fairseq_qn.errors import FormatError, UnsupportedError
 from fairseq_qn.models.describe import checked
 from fairseq_qn.models.images import prepared
@@ -71,7 +72,7 @@ def test_stochastic_depth_and_shapes() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dense", "packed"])
-def test_the_file_alone_answers(mode: str, tmp_path: Path) -> None:
+def test_the_file_alone_answers(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, path = build(("cat", "dog", "bee")), tmp_path / "m.qn.safetensors"
     rules = [{"layers": ".*project|classifier", "scheme": "integer", "bits": 4}]
     fairseq_qn.apply(model, {"version": 1, "rules": rules}, seed=0)
@@ -80,6 +81,8 @@ def test_the_file_alone_answers(mode: str, tmp_path: Path) -> None:
     size = fairseq_qn.predict_size(model, parts="float32")
     assert size == fairseq_qn.save(model, path, parts="float32").total
     found = hub.load_interface(path, mode)
+    assert main(["predict", str(path), "a sentence"]) == 1
+    assert "expected a model of sentences, found one of images" in capsys.readouterr().err
     images = np.random.default_rng(0).integers(0, 256, (5, 20, 12, 1), dtype=np.uint8)
     with torch.no_grad():
         expected = model(prepared(torch.from_numpy(images), 16))

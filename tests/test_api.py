@@ -52,7 +52,8 @@ class Table(nn.Module):
 
 def rounded(model: nn.Module, scheme: str) -> nn.Module:
     """A dense model with what `model` reads, rounded to fp16 once; integers are stored exactly."""
-    twin, exact = Net(), LAYERS if SCHEMES[scheme].get("scheme") == "integer" else ()
+    whole = SCHEMES[scheme].get("scheme") == "integer" or "codebook_bits" in SCHEMES[scheme]
+    twin, exact = Net(), LAYERS if whole else ()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             module, kind = name.rsplit(".", 1)

@@ -18,7 +18,7 @@ from forging import Manifest, Tensors, forge, fresh, one_line, parts, refusal, s
 
 import fairseq_qn
 from fairseq_qn.errors import FormatError, QNError
-from fairseq_qn.schemes import integer, product
+from fairseq_qn.schemes import blocks, integer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_manifest_that_claims_10_to_the_12_elements(
                 continue
             path = forge(saved, tmp_path / "f", lambda t, p, c=claim, n=layer: p["layers"][n].update(c))
             with monkeypatch.context() as patch:
-                for scheme in (product, integer):
+                for scheme in (blocks, integer):
                     patch.setattr(scheme, "unpack", lambda *_: pytest.fail("unpacked"))
                 assert f"layer {layer!r}: " in refusal(path)
                 with pytest.raises(FormatError):

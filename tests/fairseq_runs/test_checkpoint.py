@@ -81,6 +81,9 @@ class Grows(nn.Module):
     def set_num_updates(self, n: int) -> None:
         self.updates = n
 
+    def qn_kept(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state
+
     def upgrade_state_dict(self, state: dict[str, Any]) -> None:
         for name, tensor in self.head.state_dict().items():
             state.setdefault(f"head.{name}", tensor)

@@ -176,13 +176,9 @@ class Blocks(Scheme):
         )  # fmt: skip
         site.buffer("codes").copy_(codes)
         lost = clusters.objective
-        if (
-            self.codebook_bits < FLOAT
-        ):  # a block's distance from a mean, and that mean's from where it is rounded to
-            moved = (
-                product.of_integers(*product.to_integers(clusters.codebook, self.codebook_bits))
-                - clusters.codebook
-            )
+        if self.codebook_bits < FLOAT:  # a block's distance from a mean, and that mean's from its rounding
+            integers = product.to_integers(clusters.codebook, self.codebook_bits)
+            moved = product.of_integers(*integers) - clusters.codebook
             counts = torch.bincount(clusters.codes, minlength=len(moved))
             lost += float(moved.double().square().sum(1) @ counts.double())
         # the pad row is exact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fairseq_qn import api
@@ -31,6 +32,7 @@ class Size(Term):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises UnsupportedError where no layer learns its size."""
         size = api.size_penalty(model)
-        real = api.size_penalty(model, rounded=False)
-        figures = {"qn_size_mib": size.detach(), "qn_real_size_mib": real.detach()}
+        with torch.no_grad():
+            real = api.size_penalty(model, rounded=False)
+        figures = {"qn_size_mib": size.detach(), "qn_real_size_mib": real}
         return loss + sample_size * self.weight * size, figures
